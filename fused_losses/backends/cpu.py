@@ -1,0 +1,32 @@
+"""The C++ CPU backend: OpenMP over rows on torch's own threads, SIMD chosen at load time."""
+
+from __future__ import annotations
+
+import torch
+
+from .native import Native
+
+try:
+    from fused_losses import _cpu  # after torch, whose OpenMP runtime it then shares
+
+    _cause = None
+except ImportError as error:
+    _cpu = None
+    _cause = error
+
+
+def unusable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it takes CPU tensors"
+    if _cpu is None:
+        return f"the extension is not built ({_cause}); install a C++ compiler and reinstall the package"
+    return None
+
+
+if _cpu is not None:
+    _native = Native(_cpu)
+    loss_and_grad = _native.loss_and_grad
+    stats = _native.stats
+    objective = _native.objective
+    grad = _native.grad
+    scale = _native.scale

@@ -1,0 +1,166 @@
+"""What the two C++ backends share: tensors in, the integers of ``csrc/bindings.h`` out."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .rows import rows
+
+Column = Tensor | float
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/row.h
+
+
+class Native:
+    """The backend functions over one C++ module; see eager.py for what each computes."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+        self.objective_id = {name: i for i, name in enumerate(module.objectives)}
+
+    def loss_and_grad(
+        self,
+        logits: Tensor,
+        target_tokens: Tensor,
+        objective_name: str,
+        inputs: tuple[Column, ...],
+        weights: Column,
+        temperature: Column,
+        denominator: Column,
+        mean: bool,
+        ignore_index: int,
+        all_logprobs: bool,
+        gradient: Tensor,
+        stream: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        n = target_tokens.numel()
+        logprobs = torch.empty(n, dtype=torch.float32, device=logits.device)
+        row_losses = torch.empty(n + 1, dtype=torch.float32, device=logits.device)
+        loss = torch.empty((), dtype=torch.float32, device=logits.device)
+        self.module.loss_and_grad(
+            _rows(logits),
+            _rows(gradient),
+            _DTYPE[logits.dtype],
+            logits.shape[-1],
+            _targets(target_tokens, ignore_index),
+            self.objective_id[objective_name],
+            [_column(c) for c in inputs],
+            _column(weights),
+            _column(temperature),
+            _column(denominator),
+            mean,
+            all_logprobs,
+            logprobs.data_ptr(),
+            row_losses.data_ptr(),
+            loss.data_ptr(),
+            stream,
+        )
+        return loss, logprobs
+
+    def stats(
+        self,
+        logits: Tensor,
+        target_tokens: Tensor,
+        weights: Column,
+        temperature: Column,
+        ignore_index: int,
+        all_logprobs: bool,
+        stream: int = 0,
+    ) -> Tensor:
+        row_stats = torch.empty((3, target_tokens.numel()), dtype=torch.float32, device=logits.device)
+        self.module.stats(
+            _rows(logits),
+            _DTYPE[logits.dtype],
+            logits.shape[-1],
+            _targets(target_tokens, ignore_index),
+            _column(weights),
+            _column(temperature),
+            all_logprobs,
+            row_stats.data_ptr(),
+            stream,
+        )
+        return row_stats
+
+    def objective(
+        self,
+        row_stats: Tensor,
+        target_tokens: Tensor,
+        objective_name: str,
+        inputs: tuple[Column, ...],
+        weights: Column,
+        temperature: Column,
+        denominator: Column,
+        mean: bool,
+        ignore_index: int,
+        reduce: bool,
+        stream: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = target_tokens.numel()
+        logprobs, coefficients = torch.empty((2, n), dtype=torch.float32, device=row_stats.device)
+        row_losses = torch.empty(n + 1, dtype=torch.float32, device=row_stats.device)
+        loss = torch.empty((), dtype=torch.float32, device=row_stats.device) if reduce else None
+        self.module.objective(
+            row_stats.data_ptr(),
+            n,
+            _targets(target_tokens, ignore_index),
+            self.objective_id[objective_name],
+            [_column(c) for c in inputs],
+            _column(weights),
+            _column(temperature),
+            _column(denominator),
+            mean,
+            logprobs.data_ptr(),
+            row_losses.data_ptr(),
+            coefficients.data_ptr(),
+            0 if loss is None else loss.data_ptr(),
+            stream,
+        )
+        return row_losses[:n] if loss is None else loss, logprobs, coefficients
+
+    def grad(
+        self,
+        logits: Tensor,
+        target_tokens: Tensor,
+        row_stats: Tensor,
+        coefficients: Tensor,
+        upstream: Column,
+        temperature: Column,
+        gradient: Tensor,
+        stream: int = 0,
+    ) -> None:
+        self.module.grad(
+            _rows(logits),
+            _rows(gradient),
+            _DTYPE[logits.dtype],
+            logits.shape[-1],
+            _targets(target_tokens, 0),
+            _column(temperature),
+            _column(coefficients),
+            _column(upstream),
+            row_stats.data_ptr(),
+            stream,
+        )
+
+    def scale(self, gradient: Tensor, upstream: Tensor, stream: int = 0) -> None:
+        self.module.scale(
+            _rows(gradient), _DTYPE[gradient.dtype], gradient.shape[-1], upstream.data_ptr(), stream
+        )
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    layout = rows(tensor)
+    assert layout is not None  # ops.py has copied what can't be walked
+    return (tensor.data_ptr(), *layout)
+
+
+def _column(column: Column) -> tuple[int, int, float]:
+    if isinstance(column, Tensor):
+        return column.data_ptr(), column.stride(0) if column.dim() else 0, 0.0
+    return 0, 0, column
+
+
+def _targets(target_tokens: Tensor, ignore_index: int) -> tuple[int, bool, int]:
+    return target_tokens.data_ptr(), target_tokens.dtype == torch.int64, ignore_index

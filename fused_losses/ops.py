@@ -1,0 +1,202 @@
+"""The stages as ``torch.library`` operators, so that torch.compile and CUDA graphs see opaque, well-described nodes.
+
+Columns cross the dispatcher as two lists: a tensor or None, and the number that stands in for None. Their order is
+weights, temperature, denominator, then the objective's inputs. The backend is resolved inside the operator.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import resolve
+from .backends.rows import rows
+
+Column = Tensor | float
+
+_library = torch.library.Library("fused_losses", "DEF")
+_ROW_ARGUMENTS = (
+    "Tensor target_tokens, str objective, Tensor?[] columns, float[] values, bool mean, int ignore_index, "
+    "bool all_logprobs, bool validate, str backend"
+)
+
+
+def _loss_and_grad_into(
+    gradient: Tensor,
+    logits: Tensor,
+    target_tokens: Tensor,
+    objective: str,
+    columns: list[Tensor | None],
+    values: list[float],
+    mean: bool,
+    ignore_index: int,
+    all_logprobs: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    weights, temperature, denominator, *inputs = _merge(columns, values)
+    module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
+    return module.loss_and_grad(
+        logits,
+        target_tokens,
+        objective,
+        tuple(inputs),
+        weights,
+        temperature,
+        denominator,
+        mean,
+        ignore_index,
+        all_logprobs,
+        gradient,
+    )
+
+
+def _loss_and_grad(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return *_loss_and_grad_into(gradient, _walkable(logits), *args), gradient
+
+
+def _loss_and_grad_inplace(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return _loss_and_grad_into(logits, logits, *args)
+
+
+def _forward(
+    logits: Tensor,
+    target_tokens: Tensor,
+    objective: str,
+    columns: list[Tensor | None],
+    values: list[float],
+    mean: bool,
+    ignore_index: int,
+    all_logprobs: bool,
+    validate: bool,
+    backend: str,
+    reduce: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights, temperature, denominator, *inputs = _merge(columns, values)
+    module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
+    stats = module.stats(_walkable(logits), target_tokens, weights, temperature, ignore_index, all_logprobs)
+    loss, logprobs, coefficients = module.objective(
+        stats, target_tokens, objective, tuple(inputs), weights, temperature, denominator, mean, ignore_index, reduce
+    )
+    return loss, logprobs, coefficients, stats
+
+
+def _grad(
+    logits: Tensor,
+    target_tokens: Tensor,
+    stats: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    temperature: Tensor | None,
+    temperature_value: float,
+    backend: str,
+) -> Tensor:
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    resolve(backend, logits.device).grad(
+        _walkable(logits),
+        target_tokens,
+        stats,
+        coefficients,
+        upstream,
+        temperature_value if temperature is None else temperature,
+        gradient,
+    )
+    return gradient
+
+
+def _scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    resolve(backend, gradient.device).scale(gradient, upstream)
+
+
+def _fake_loss_and_grad(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_loss_and_grad_inplace(logits, target_tokens), logits.new_empty(logits.shape)
+
+
+def _fake_loss_and_grad_inplace(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(target_tokens.shape, dtype=torch.float32)
+
+
+def _fake_forward(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reduce = args[-1]
+    n = target_tokens.shape[0]
+    return (
+        logits.new_empty(() if reduce else (n,), dtype=torch.float32),
+        logits.new_empty((n,), dtype=torch.float32),
+        logits.new_empty((n,), dtype=torch.float32),
+        logits.new_empty((3, n), dtype=torch.float32),
+    )
+
+
+def _define(schema: str, function, fake) -> torch._ops.OpOverload:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
+    return getattr(torch.ops.fused_losses, name).default
+
+
+loss_and_grad = _define(
+    f"loss_and_grad(Tensor logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
+    _loss_and_grad,
+    _fake_loss_and_grad,
+)
+loss_and_grad_inplace = _define(
+    f"loss_and_grad_inplace(Tensor(a!) logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs)",
+    _loss_and_grad_inplace,
+    _fake_loss_and_grad_inplace,
+)
+forward = _define(
+    f"forward(Tensor logits, {_ROW_ARGUMENTS}, bool reduce) "
+    "-> (Tensor loss, Tensor logprobs, Tensor coefficients, Tensor stats)",
+    _forward,
+    _fake_forward,
+)
+grad = _define(
+    "grad(Tensor logits, Tensor target_tokens, Tensor stats, Tensor coefficients, Tensor upstream, "
+    "Tensor? temperature, float temperature_value, str backend) -> Tensor",
+    _grad,
+    lambda logits, *args: logits.new_empty(logits.shape),
+)
+scale = _define(
+    "scale(Tensor(a!) gradient, Tensor upstream, str backend) -> ()",
+    _scale,
+    lambda gradient, upstream, backend: None,
+)
+
+
+def split(columns: tuple[Column, ...]) -> tuple[list[Tensor | None], list[float]]:
+    """Columns as the two lists that cross the dispatcher."""
+    tensors = [c if isinstance(c, Tensor) else None for c in columns]
+    return tensors, [0.0 if isinstance(c, Tensor) else c for c in columns]
+
+
+def _merge(tensors: list[Tensor | None], values: list[float]) -> list[Column]:
+    return [value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True)]
+
+
+def _ready(
+    logits: Tensor,
+    target_tokens: Tensor,
+    ignore_index: int,
+    objective: str,
+    inputs: list[Column],
+    temperature: Column,
+    validate: bool,
+    backend: str,
+) -> ModuleType:
+    """The backend to run on, once the values it must not meet have been looked for, where that is free or asked for."""
+    module = resolve(backend, logits.device)
+    if validate or logits.device.type == "cpu":
+        checks.targets_in_range(target_tokens, logits.shape[-1], ignore_index)
+    if validate:
+        checks.bounds_in_range(objective, inputs, temperature)
+    return module
+
+
+def _walkable(logits: Tensor) -> Tensor:
+    """The logits, copied if a kernel could not walk their rows (strided vocabulary, three or more strides)."""
+    return logits if rows(logits) is not None else logits.contiguous()
