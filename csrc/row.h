@@ -130,7 +130,7 @@ struct ObjectiveParams {
     float* loss;          // (1,), or null: no reduction and denominator 1
 };
 
-// Stage 3: grad_j = c / T ([j == target] - p_j), c = coefficient * upstream; a row with coefficient 0 is zero and its
+// Stage 3: grad_j = c / T ([j == target] - p_j), c = coefficient * upstream; a row where either is 0 is zero and its
 // logits are not read.
 struct GradParams {
     Rows logits;

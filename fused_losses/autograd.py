@@ -79,7 +79,17 @@ class TwoPhase(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tensors, values = ops.split(columns)
         loss, logprobs, coefficients, stats = ops.forward(
-            logits, target_tokens, objective, tensors, values, mean, ignore_index, all_logprobs, validate, backend, reduce
+            logits,
+            target_tokens,
+            objective,
+            tensors,
+            values,
+            mean,
+            ignore_index,
+            all_logprobs,
+            validate,
+            backend,
+            reduce,
         )
         ctx.save_for_backward(logits, target_tokens, stats, coefficients, tensors[1])
         ctx.temperature_value = values[1]

@@ -107,7 +107,9 @@ def inplace(logits: Tensor, reduction: str, recompute: bool) -> None:
         cause = 'reduction="none"' if reduction == "none" else "recompute=True"
         raise ValueError(f"inplace=True makes the gradient in forward, {cause} makes it in backward: choose one")
     if logits.is_leaf:
-        raise ValueError("inplace=True would overwrite logits, a leaf that requires grad: pass the output of an operation")
+        raise ValueError(
+            "inplace=True would overwrite logits, a leaf that requires grad: pass the output of an operation"
+        )
     if rows(logits) is None or overlap(logits):
         raise ValueError(
             "inplace=True needs logits with a contiguous last dimension, at most two strides before it and no element "

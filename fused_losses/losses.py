@@ -15,12 +15,12 @@ from torch import Tensor
 from . import checks, ops
 from .autograd import OnePass, TwoPhase
 
-_COMMON = """logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; a strided last
-            dimension is copied.
+_COMMON = """logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the
+            last one is not 1, or more than two others are needed, the logits are copied.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``."""
 
-_KEYWORDS = """weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
-            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+_KEYWORDS = """weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked
+            token's loss and gradient are exactly 0, whatever its row holds. Default None: 1.
         reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
             ``ignore_index``, 0 if there are none; or "none", w * loss per token.
         denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
@@ -47,7 +47,8 @@ _KEYWORDS = """weights: per-token factor of the loss, a number or broadcastable 
 _CLIP = """clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
             tensors. Default {low} and {high}."""
 
-_POLICY = """old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+_POLICY = """old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to
+            (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0."""
 
 Function = TypeVar("Function", bound=Callable)
@@ -316,7 +317,7 @@ def logprobs(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor:
-    """Logprob of each target: ``log_softmax(logits / temperature)[target]``, differentiable, from one read of the logits.
+    """Logprob of each target, ``log_softmax(logits / temperature)[target]``, from one read of the logits.
 
     Args:
         {common}
@@ -325,7 +326,7 @@ def logprobs(
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:
-        (...) float32. Backward reads the logits again and takes any upstream gradient, more than once if asked.
+        (...) float32, differentiable. Backward reads the logits again and takes any upstream gradient, more than once if asked.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.

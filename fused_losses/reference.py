@@ -1,8 +1,8 @@
 """The losses in eager torch, with the signatures of the public functions: what everything else is compared against.
 
 Independent of every kernel, any float dtype, float64 included. The loss has the dtype of the logits if that is float32
-or float64, else float32. Keywords that choose how to compute (``inplace``, ``recompute``, ``backend``, ``validate``) are
-accepted, so that one name can stand for the other, and change nothing here.
+or float64, else float32. Keywords that choose how to compute (``inplace``, ``recompute``, ``backend``, ``validate``)
+change nothing here; they are accepted so that one name can stand for the other.
 """
 
 from __future__ import annotations

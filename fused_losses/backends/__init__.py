@@ -16,7 +16,7 @@ number of tokens. Each backend has
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -24,7 +24,7 @@ import torch
 NAMES = ("cuda", "triton", "cpu", "eager")
 
 
-@lru_cache(maxsize=None)
+@cache
 def resolve(name: str, device: torch.device) -> ModuleType:
     """The backend module that runs on ``device``. "auto" chooses; an explicit name raises where it can't run."""
     if name == "auto":

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .native import Native
+from .native import Native, load
 
-try:
-    from fused_losses import _cpu  # after torch, whose OpenMP runtime it then shares
-
-    _cause = None
-except ImportError as error:
-    _cpu = None
-    _cause = error
+# After torch, whose OpenMP runtime it then shares.
+_cpu, _cause = load("_cpu", "install a C++ compiler")
 
 
 def unusable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it takes CPU tensors"
     if _cpu is None:
-        return f"the extension is not built ({_cause}); install a C++ compiler and reinstall the package"
+        return _cause
     return None
 
 

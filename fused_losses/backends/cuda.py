@@ -8,22 +8,16 @@ from typing import Any
 
 import torch
 
-from .native import Native
+from .native import Native, load
 
-try:
-    from fused_losses import _cuda
-
-    _cause = None
-except ImportError as error:
-    _cuda = None
-    _cause = error
+_cuda, _cause = load("_cuda", "install nvcc, CUDA 12.8 or newer,")
 
 
 def unusable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it takes CUDA tensors"
     if _cuda is None:
-        return f"the extension is not built ({_cause}); install nvcc (CUDA 12.8 or newer) and reinstall the package"
+        return _cause
     return _cuda.unusable(device.index if device.index is not None else torch.cuda.current_device()) or None
 
 

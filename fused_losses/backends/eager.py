@@ -107,11 +107,12 @@ def grad(
     temperature: Column,
     gradient: Tensor,
 ) -> None:
-    """gradient_j = c / temperature * ([j == target] - p_j), c = coefficient * upstream; all 0 where a coefficient is 0."""
+    """gradient_j = c / temperature ([j == target] - p_j), c = coefficient * upstream; 0 where either factor of c is."""
     z = logits.reshape(-1, logits.shape[-1]).float()
     maximum, total, _ = row_stats
     inverse_temperature = _inverse_temperature(temperature, maximum)
-    c = ((coefficients * upstream).where(coefficients != 0, 0.0) * inverse_temperature)[:, None]
+    c = coefficients * upstream
+    c = (c.where((coefficients != 0) & _is_nonzero(upstream, c), 0.0) * inverse_temperature)[:, None]
     p = torch.exp((z - maximum[:, None]) * inverse_temperature[:, None]) / total[:, None]
     outside = (target_tokens < 0) | (target_tokens >= z.shape[1])
     target = target_tokens.masked_fill(outside, 0).long()[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -11,7 +12,19 @@ from .rows import rows
 
 Column = Tensor | float
 
+BROKEN = "does not load"  # python -m fused_losses reports this as a failure, not as a choice
+
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/row.h
+
+
+def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
+    """The C++ module ``fused_losses.<name>``, or why there is none and what to do."""
+    try:
+        return importlib.import_module(f"fused_losses.{name}"), None
+    except ModuleNotFoundError:
+        return None, f"the extension is not built; {fix} and reinstall the package"
+    except ImportError as error:
+        return None, f"the extension is built but {BROKEN} ({error}); reinstall the package"
 
 
 class Native:
@@ -145,9 +158,7 @@ class Native:
         )
 
     def scale(self, gradient: Tensor, upstream: Tensor, stream: int = 0) -> None:
-        self.module.scale(
-            _rows(gradient), _DTYPE[gradient.dtype], gradient.shape[-1], upstream.data_ptr(), stream
-        )
+        self.module.scale(_rows(gradient), _DTYPE[gradient.dtype], gradient.shape[-1], upstream.data_ptr(), stream)
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int, int]:

@@ -1,0 +1,144 @@
+"""``python -m fused_losses``: what runs here, what does not and why, and whether the numbers are right.
+
+Exit code 1 if a backend that should work does not: its extension is there but does not load, or its numbers are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import backends, losses, reference
+from .backends.native import BROKEN
+from .checks import LOGITS_DTYPES
+from .objectives import OBJECTIVES
+from .version import __version__
+
+
+def devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def self_test(backend: str, device: torch.device) -> dict[str, Any]:
+    """Every loss and dtype against float64, one pass and two phase, on a vocabulary with a ragged end.
+
+    An error counts in units of what eager torch errs by at the same dtype; design: at most 2 for the loss, 3 for the
+    gradient, plus a term for results so near 0 that eager happens to be exact.
+    """
+    worst = {"loss": 0.0, "gradient": 0.0}
+    for name, objective in OBJECTIVES.items():
+        if not objective.is_loss:
+            continue
+        for dtype in LOGITS_DTYPES:
+            logits, target_tokens, inputs = sample(objective.inputs, dtype, device)
+            truth = run(reference, name, logits.double(), target_tokens, inputs)
+            eager = run(reference, name, logits, target_tokens, inputs)
+            for recompute in (False, True):
+                ours = run(losses, name, logits, target_tokens, inputs, backend=backend, recompute=recompute)
+                for key, factor, small, t, e, o in zip(worst, (2, 3), (1e-5, 1e-6), truth, eager, ours, strict=True):
+                    allowed = factor * (e - t).abs().max() + small * t.abs().max()
+                    error = (o - t).abs().max() / allowed
+                    worst[key] = max(worst[key], float("inf") if error.isnan() else error.item())
+    return {"ok": max(worst.values()) <= 1, "error_over_allowed": worst}
+
+
+def sample(inputs: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    n, vocab = 16, 1003
+    logits = (3 * torch.randn(n, vocab, generator=generator)).to(dtype)
+    target_tokens = torch.randint(vocab, (n,), generator=generator)
+    target_tokens[3] = -100
+    values = {
+        "old_logprobs": reference.logprobs(logits, target_tokens) + 0.3 * torch.randn(n, generator=generator),
+        "advantages": torch.randn(n, generator=generator),
+    }
+    return logits.to(device), target_tokens.to(device), {key: values[key].to(device) for key in inputs}
+
+
+def run(module: Any, name: str, logits: Any, target_tokens: Any, inputs: dict[str, Any], **options: Any) -> list[Any]:
+    """[loss, gradient] in float64."""
+    logits = logits.clone().requires_grad_()
+    loss = getattr(module, name)(logits, target_tokens, **inputs, **options)
+    loss.backward()
+    return [loss.detach().double(), logits.grad.double()]
+
+
+def report() -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "fused_losses": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "cuda": torch.version.cuda,
+        "devices": [],
+    }
+    for device in devices():
+        entry: dict[str, Any] = {"device": str(device), "description": describe(device)}
+        entry["auto"] = backends.choose(device)
+        entry["backends"] = {}
+        for name in backends.NAMES:
+            reason = backends.unusable(name, device)
+            if reason is None:
+                entry["backends"][name] = {"usable": True, "self_test": self_test(name, device)}
+            else:
+                entry["backends"][name] = {"usable": False, "reason": reason}
+        result["devices"].append(entry)
+    result["ok"] = not any(
+        (b["usable"] and not b["self_test"]["ok"]) or BROKEN in b.get("reason", "")
+        for d in result["devices"]
+        for b in d["backends"].values()
+    )
+    return result
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show(result: dict[str, Any]) -> None:
+    print(
+        f"fused_losses {result['fused_losses']}, Python {result['python']}, torch {result['torch']}, "
+        f"triton {result['triton'] or 'not installed'}, CUDA of torch: {result['cuda'] or 'none (CPU build)'}"
+    )
+    for device in result["devices"]:
+        print(f"\n{device['device']}: {device['description']}; auto chooses {device['auto']}")
+        for name, backend in device["backends"].items():
+            if not backend["usable"]:
+                print(f"  {name:7} -     {backend['reason']}")
+                continue
+            test = backend["self_test"]
+            worst = ", ".join(f"{key} {value:.2f}" for key, value in test["error_over_allowed"].items())
+            print(f"  {name:7} {'ok' if test['ok'] else 'WRONG':5} error over allowed: {worst}")
+    print("\nok" if result["ok"] else "\nFAILED: a backend that should work does not")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_losses", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    result = report()
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Builds two extension modules that know nothing of torch's headers or ABI.
+
+``fused_losses._cpu`` is built wherever there is a C++ compiler, ``fused_losses._cuda`` wherever there is nvcc. A
+missing tool is a notice; a compiler error is a failed install that shows the compiler's own message.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CUDA_ARCHITECTURES = ("80", "90a", "100")  # machine code; the newest as PTX, too, for what comes after it
+NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads", "2"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]  # psabi: vectors stay inlined
+
+
+def find_compiler() -> list[str] | None:
+    command = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
+    for candidate in (command, ["c++"], ["g++"], ["clang++"]):
+        if shutil.which(candidate[0]):
+            return candidate[:1]
+    return None
+
+
+def find_nvcc() -> Path | None:
+    """CUDA_HOME, then PATH, then the nvidia-cuda-nvcc package of the environment that is installed into."""
+    candidates = []
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        candidates.append(Path(home, "bin", "nvcc"))
+    if found := shutil.which("nvcc"):
+        candidates.append(Path(found))
+    for entry in sys.path:
+        candidates += [Path(p) for p in sorted(glob(str(Path(entry, "nvidia", "cu*", "bin", "nvcc"))), reverse=True)]
+    return next((c for c in candidates if c.is_file()), None)
+
+
+def notice(message: str) -> None:
+    print(f"fused_losses: {message}", file=sys.stderr, flush=True)
+
+
+class Build(build_ext):
+    """Compiles by itself: nvcc is no compiler that setuptools knows, and two objects at a time halve the wait."""
+
+    def build_extension(self, extension: Extension) -> None:
+        commands, link, output = extension.plan(Path(self.build_temp), Path(self.get_ext_fullpath(extension.name)))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(2) as pool:
+            for done in pool.map(start, commands):
+                check(done)
+        check(start(link))
+
+
+def start(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode != 0:
+        raise SystemExit(f"fused_losses: this command failed:\n{' '.join(done.args)}\n{done.stdout}")
+    if done.stdout.strip():
+        notice(done.stdout.strip())
+
+
+class Native(Extension):
+    """An extension that plans its own commands: (compile commands, link command, output)."""
+
+    def __init__(self, name: str, sources: list[str], compiler: list[str], nvcc: Path | None = None):
+        super().__init__(name, sources)
+        self.compiler, self.nvcc = compiler, nvcc
+
+    def plan(self, temporary: Path, output: Path) -> tuple[list[list[str]], list[str], Path]:
+        temporary = temporary.absolute() / self.name
+        temporary.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        commands, objects = [], []
+        for source in self.sources:
+            objects.append(str(temporary / (Path(source).name + ".o")))
+            tail = ["-c", source, "-o", objects[-1]]
+            if source.endswith(".cu"):
+                commands.append([str(self.nvcc), *NVCC_FLAGS, *architecture_flags(), *tail])
+            else:
+                commands.append([*self.compiler, *CXX_FLAGS, *self.cxx_flags(), *include, *tail])
+        commands.sort(key=lambda c: c[0] != str(self.nvcc))  # the long ones first
+        if self.nvcc:
+            link = [str(self.nvcc), "-shared", "-cudart", "static", *self.nvcc_libraries(), *objects, "-o", str(output)]
+        else:
+            link = [*self.compiler, "-shared", *self.cxx_flags(), *objects, "-o", str(output)]
+            if sys.platform == "darwin":
+                link += ["-undefined", "dynamic_lookup"]
+        return commands, link, output
+
+    def cxx_flags(self) -> list[str]:
+        if self.nvcc:
+            return [f'-DFL_CUDA_ARCHITECTURES="{";".join(CUDA_ARCHITECTURES)}"']
+        return [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP
+
+    def nvcc_libraries(self) -> list[str]:
+        """The packaged toolkit keeps libcudart_static.a in lib, where its nvcc does not look."""
+        assert self.nvcc is not None
+        library = self.nvcc.resolve().parent.parent / "lib"
+        return [f"-L{library}"] if (library / "libcudart_static.a").is_file() else []
+
+
+def architecture_flags() -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def extensions() -> list[Native]:
+    compiler, nvcc = find_compiler(), find_nvcc()
+    if compiler is None:
+        notice("no C++ compiler found: installing without the cpu and cuda backends (Triton and eager remain)")
+        return []
+    modules = [
+        Native("fused_losses._cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/vocab.cpp", "csrc/cpu/launch.cpp"], compiler)
+    ]
+    if nvcc is None:
+        notice("no nvcc found (CUDA_HOME, PATH, the nvidia-cuda-nvcc package): installing without the cuda backend")
+    else:
+        sources = ["csrc/bindings_cuda.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
+        modules.append(Native("fused_losses._cuda", sources, compiler, nvcc))
+    return modules
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
