@@ -40,7 +40,9 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor) -> Tensor:
             f"got {tuple(target_tokens.shape)}"
         )
     _same_device("target_tokens", target_tokens, logits)
-    return target_tokens.reshape(-1).contiguous()
+    if target_tokens.dim() != 1:
+        target_tokens = target_tokens.reshape(-1)
+    return target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
 
 
 def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
@@ -52,7 +54,8 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     _same_device(name, value, logits)
     shape = logits.shape[:-1]
-    value = value.detach().to(torch.float32)
+    if value.dtype is not torch.float32 or value.requires_grad:
+        value = value.detach().to(torch.float32)
     if value.shape != shape:
         try:
             value = value.expand(shape)
@@ -151,7 +154,7 @@ def _number(name: str, value: float) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None
-    if math.isnan(number):
+    if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
         raise ValueError(f"{name} must not be NaN")
     if name in _POSITIVE and not 0 < number < math.inf:
         raise ValueError(f"{name} must be greater than 0 and finite, got {number}")

@@ -112,7 +112,8 @@ class Native:
         stream: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = target_tokens.numel()
-        logprobs, coefficients = torch.empty((2, n), dtype=torch.float32, device=row_stats.device)
+        logprobs = torch.empty(n, dtype=torch.float32, device=row_stats.device)
+        coefficients = torch.empty_like(logprobs)
         row_losses = torch.empty(n + 1, dtype=torch.float32, device=row_stats.device)
         loss = torch.empty((), dtype=torch.float32, device=row_stats.device) if reduce else None
         self.module.objective(
@@ -131,7 +132,7 @@ class Native:
             0 if loss is None else loss.data_ptr(),
             stream,
         )
-        return row_losses[:n] if loss is None else loss, logprobs, coefficients
+        return row_losses.narrow(0, 0, n) if loss is None else loss, logprobs, coefficients
 
     def grad(
         self,

@@ -21,6 +21,8 @@ def rows(logits: Tensor) -> Rows | None:
     shape, strides = logits.shape, logits.stride()
     if strides[-1] != 1 and shape[-1] > 1:
         return None
+    if len(shape) == 2:
+        return Rows(shape[0], max(shape[0], 1), 0, strides[0])
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first
     n = 1
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
