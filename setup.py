@@ -7,6 +7,7 @@ missing tool is a notice; a compiler error is a failed install that shows the co
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # machine code; the newest as PTX, too, for what comes after it
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads", "2"]
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]  # psabi: vectors stay inlined
+# Vectors of 512 bits never cross a call, so their calling convention (psabi) does not matter; the other warning is about
+# GCC's own intrinsics.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has none
 
 
 def find_compiler() -> list[str] | None:
@@ -40,7 +44,7 @@ def find_nvcc() -> Path | None:
         candidates.append(Path(home, "bin", "nvcc"))
     if found := shutil.which("nvcc"):
         candidates.append(Path(found))
-    for entry in sys.path:
+    for entry in [*sys.path, sysconfig.get_paths()["purelib"]]:  # under build isolation the latter is not on the path
         candidates += [Path(p) for p in sorted(glob(str(Path(entry, "nvidia", "cu*", "bin", "nvcc"))), reverse=True)]
     return next((c for c in candidates if c.is_file()), None)
 
@@ -75,41 +79,55 @@ def check(done: subprocess.CompletedProcess[str]) -> None:
 class Native(Extension):
     """An extension that plans its own commands: (compile commands, link command, output)."""
 
-    def __init__(self, name: str, sources: list[str], compiler: list[str], nvcc: Path | None = None):
-        super().__init__(name, sources)
-        self.compiler, self.nvcc = compiler, nvcc
+    def __init__(self, name: str, units: list[tuple[str, list[str]]], compiler: list[str], nvcc: Path | None = None):
+        """units: (source, its own flags); a source may be compiled more than once."""
+        super().__init__(name, sorted({source for source, _ in units}))
+        self.units, self.compiler, self.nvcc = units, compiler, nvcc
 
     def plan(self, temporary: Path, output: Path) -> tuple[list[list[str]], list[str], Path]:
         temporary = temporary.absolute() / self.name
         temporary.mkdir(parents=True, exist_ok=True)
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         commands, objects = [], []
-        for source in self.sources:
-            objects.append(str(temporary / (Path(source).name + ".o")))
-            tail = ["-c", source, "-o", objects[-1]]
-            if source.endswith(".cu"):
-                commands.append([str(self.nvcc), *NVCC_FLAGS, *architecture_flags(), *tail])
-            else:
-                commands.append([*self.compiler, *CXX_FLAGS, *self.cxx_flags(), *include, *tail])
-        commands.sort(key=lambda c: c[0] != str(self.nvcc))  # the long ones first
+        for number, (source, flags) in enumerate(self.units):
+            objects.append(str(temporary / f"{number}.o"))
+            head = [str(self.nvcc), *NVCC_FLAGS] if source.endswith(".cu") else [*self.compiler, *CXX_FLAGS, *include]
+            commands.append([*head, *flags, "-c", source, "-o", objects[-1]])
         if self.nvcc:
             link = [str(self.nvcc), "-shared", "-cudart", "static", *self.nvcc_libraries(), *objects, "-o", str(output)]
         else:
-            link = [*self.compiler, "-shared", *self.cxx_flags(), *objects, "-o", str(output)]
+            link = [*self.compiler, "-shared", *OPENMP, *objects, "-o", str(output)]
             if sys.platform == "darwin":
                 link += ["-undefined", "dynamic_lookup"]
         return commands, link, output
-
-    def cxx_flags(self) -> list[str]:
-        if self.nvcc:
-            return [f'-DFL_CUDA_ARCHITECTURES="{";".join(CUDA_ARCHITECTURES)}"']
-        return [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP
 
     def nvcc_libraries(self) -> list[str]:
         """The packaged toolkit keeps libcudart_static.a in lib, where its nvcc does not look."""
         assert self.nvcc is not None
         library = self.nvcc.resolve().parent.parent / "lib"
         return [f"-L{library}"] if (library / "libcudart_static.a").is_file() else []
+
+
+def cpu_units() -> list[tuple[str, list[str]]]:
+    """What sees the vocabulary is compiled for each instruction set; the machine's is picked at run time."""
+    vocab = {"vocab_baseline": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        vocab["vocab_avx2"] = ["-mavx2", "-mfma"]
+        vocab["vocab_avx512"] = [*vocab["vocab_avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    return [
+        ("csrc/bindings_cpu.cpp", []),
+        ("csrc/cpu/launch.cpp", OPENMP),
+        *(("csrc/cpu/vocab.cpp", [f"-DFL_VOCAB={table}", *flags]) for table, flags in vocab.items()),
+    ]
+
+
+def cuda_units() -> list[tuple[str, list[str]]]:
+    architectures = ";".join(CUDA_ARCHITECTURES)
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
+    return [
+        *((source, architecture_flags()) for source in sources),
+        ("csrc/bindings_cuda.cpp", [f'-DFL_CUDA_ARCHITECTURES="{architectures}"']),
+    ]
 
 
 def architecture_flags() -> list[str]:
@@ -123,14 +141,11 @@ def extensions() -> list[Native]:
     if compiler is None:
         notice("no C++ compiler found: installing without the cpu and cuda backends (Triton and eager remain)")
         return []
-    modules = [
-        Native("fused_losses._cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/vocab.cpp", "csrc/cpu/launch.cpp"], compiler)
-    ]
+    modules = [Native("fused_losses._cpu", cpu_units(), compiler)]
     if nvcc is None:
         notice("no nvcc found (CUDA_HOME, PATH, the nvidia-cuda-nvcc package): installing without the cuda backend")
     else:
-        sources = ["csrc/bindings_cuda.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
-        modules.append(Native("fused_losses._cuda", sources, compiler, nvcc))
+        modules.append(Native("fused_losses._cuda", cuda_units(), compiler, nvcc))
     return modules
 
 

@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "row.h"
+#include "../row.h"
+#include "vocab.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -25,6 +26,35 @@ namespace {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr int64_t kParallelFrom = 1 << 15;  // elements; below, waking a second thread costs more than it saves
+
+const VocabFunctions& vocab_functions() {
+#if defined(__x86_64__)
+    static const VocabFunctions& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+                                            ? vocab_avx512
+                                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                                            ? vocab_avx2
+                                            : vocab_baseline;
+    return best;
+#else
+    return vocab_baseline;
+#endif
+}
+
+template <class T>
+const RowFunctions<T>& functions();
+template <>
+const RowFunctions<float>& functions() {
+    return vocab_functions().float32;
+}
+template <>
+const RowFunctions<BFloat16>& functions() {
+    return vocab_functions().bfloat16;
+}
+template <>
+const RowFunctions<Float16>& functions() {
+    return vocab_functions().float16;
+}
 
 // Run body(row) for every row, a few at a time: masked rows are cheap and come in spans.
 template <class Body>
@@ -64,7 +94,7 @@ float logprob(float max, float sum, float target_logit, float inverse_temperatur
 
 template <class T>
 float target_logit(const T* logits, int64_t target, int64_t vocab) {
-    return target >= 0 && target < vocab ? load_one(logits + target) : NAN;
+    return target >= 0 && target < vocab ? functions<T>().load(logits + target) : NAN;
 }
 
 float normaliser(const Tokens& tokens, int64_t n) {
@@ -82,7 +112,7 @@ void reduce(const float* row_losses, int64_t n, float* loss) {
 // -coefficient * p_j everywhere, then the target's coefficient * (1 - p_t), formed in float32.
 template <class T>
 void write_target(T* grad, int64_t target, int64_t vocab, float coefficient, float p_target) {
-    if (target >= 0 && target < vocab) store_one(grad + target, coefficient * (1.f - p_target));
+    if (target >= 0 && target < vocab) functions<T>().store(grad + target, coefficient * (1.f - p_target));
 }
 
 float* exponentials_of(float* grad, int64_t) { return grad; }  // float32: the gradient's own row, hot in L2
@@ -109,7 +139,7 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
     const float inverse_t = inverse_temperature(p.temperature, row), c = kLog2e * inverse_t;
     float* exps = exponentials_of(grad, p.vocab);
     references.resize((p.vocab + kBlock - 1) / kBlock);
-    const Sum sum = exponentials(logits, p.vocab, c, exps, references.data());
+    const Sum sum = functions<T>().exponentials(logits, p.vocab, c, exps, references.data());
 
     const float logp = logprob(sum.max, sum.value, logit, inverse_t);
     const RowLoss loss = tokens.loss(row, logp, denominator);
@@ -120,8 +150,8 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
         return;
     }
     const float coefficient = loss.coefficient * inverse_t;
-    write_scaled(exps, references.data(), sum, p.vocab, c, -coefficient / sum.value, grad);
-    write_target(grad, target, p.vocab, coefficient, exp2_nonpositive((logit - sum.max) * c) / sum.value);
+    functions<T>().write_scaled(exps, references.data(), sum, p.vocab, c, -coefficient / sum.value, grad);
+    write_target(grad, target, p.vocab, coefficient, exp2f((logit - sum.max) * c) / sum.value);
 }
 
 template <class T>
@@ -131,7 +161,7 @@ void stats_row(const StatsParams& p, int64_t row) {
     float logit = 0.f;
     if (!p.targets.ignored(row) && (p.all_logprobs || p.weights.at(row) != 0.f)) {
         const T* logits = row_of<T>(p.logits, row);
-        sum = sum_of_exponentials(logits, p.vocab, kLog2e * inverse_temperature(p.temperature, row));
+        sum = functions<T>().sum_of_exponentials(logits, p.vocab, kLog2e * inverse_temperature(p.temperature, row));
         logit = target_logit(logits, p.targets.at(row), p.vocab);
     }
     p.stats[row] = sum.max;
@@ -153,8 +183,8 @@ void grad_row(const GradParams& p, int64_t row) {
     const float max = p.stats[row], sum = p.stats[n + row], logit = p.stats[2 * n + row];
     const float inverse_t = inverse_temperature(p.temperature, row), c = kLog2e * inverse_t;
     const float coefficient = saved * upstream * inverse_t;
-    write_exponentials(logits, p.vocab, max, c, -coefficient / sum, grad);
-    write_target(grad, target, p.vocab, coefficient, exp2_nonpositive((logit - max) * c) / sum);
+    functions<T>().write_exponentials(logits, p.vocab, max, c, -coefficient / sum, grad);
+    write_target(grad, target, p.vocab, coefficient, exp2f((logit - max) * c) / sum);
 }
 
 }  // namespace
@@ -206,8 +236,9 @@ void launch(const ScaleParams& p, uintptr_t) {
     if (scale == 1.f) return;
     cpu::dispatch(p.dtype, [&](auto type) {
         using T = decltype(type);
-        cpu::for_each_row(p.grad.n, p.vocab,
-                          [&](int64_t row) { cpu::multiply(cpu::row_of<T>(p.grad, row), p.vocab, scale); });
+        cpu::for_each_row(p.grad.n, p.vocab, [&](int64_t row) {
+            cpu::functions<T>().multiply(cpu::row_of<T>(p.grad, row), p.vocab, scale);
+        });
     });
 }
 

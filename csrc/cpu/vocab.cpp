@@ -1,6 +1,8 @@
+// FL_VOCAB names the table that this compilation fills: setup.py sets it with the instruction set.
 #include <float.h>
+#include <math.h>
 
-#include "row.h"
+#include "simd.h"
 
 namespace fused_losses {
 namespace cpu {
@@ -81,8 +83,7 @@ FL_INLINE Sum sweep(const T* logits, int64_t vocab, float c, float* exps, float*
 }
 
 template <class T>
-FL_INLINE void scaled(const float* exps, const float* references, Sum sum, int64_t vocab, float c, float factor,
-                      T* grad) {
+void scaled(const float* exps, const float* references, Sum sum, int64_t vocab, float c, float factor, T* grad) {
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock;
         const float f = factor * exp2_nonpositive((references[begin / kBlock] - sum.max) * c);
@@ -95,7 +96,7 @@ FL_INLINE void scaled(const float* exps, const float* references, Sum sum, int64
 }
 
 template <class T>
-FL_INLINE void exponentials_scaled(const T* logits, int64_t vocab, float max, float c, float factor, T* grad) {
+void exponentials_scaled(const T* logits, int64_t vocab, float max, float c, float factor, T* grad) {
     for_each_group(logits, vocab, [&](const T* group, int64_t j, int64_t count) __attribute__((always_inline)) {
         store_group(grad + j, count, [&](int64_t i) __attribute__((always_inline)) {
             return factor * exp2_nonpositive((load(group + i) - max) * c);
@@ -104,34 +105,38 @@ FL_INLINE void exponentials_scaled(const T* logits, int64_t vocab, float max, fl
 }
 
 template <class T>
-FL_INLINE void scaled_in_place(T* grad, int64_t vocab, float factor) {
+void scaled_in_place(T* grad, int64_t vocab, float factor) {
     for_each_group(grad, vocab, [&](const T* group, int64_t j, int64_t count) __attribute__((always_inline)) {
         store_group(grad + j, count,
                     [&](int64_t i) __attribute__((always_inline)) { return factor * load(group + i); });
     });
 }
 
+template <class T>
+struct Row {
+    static Sum exponentials(const T* logits, int64_t vocab, float c, float* exps, float* references) {
+        return sweep<true>(logits, vocab, c, exps, references);
+    }
+    static Sum sum_of_exponentials(const T* logits, int64_t vocab, float c) {
+        return sweep<false>(logits, vocab, c, static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    }
+    static float load_one(const T* element) {
+        T padded[kLanes] = {*element};
+        return load(padded)[0];
+    }
+    static void store_one(T* element, float value) {
+        T padded[kLanes];
+        store(padded, all(value));
+        *element = padded[0];
+    }
+    static constexpr RowFunctions<T> functions() {
+        return {exponentials, sum_of_exponentials, scaled, exponentials_scaled, scaled_in_place, load_one, store_one};
+    }
+};
+
 }  // namespace
 
-#define FL_ROW_FUNCTIONS(T)                                                                                        \
-    FL_CLONES Sum exponentials(const T* logits, int64_t vocab, float c, float* exps, float* references) {          \
-        return sweep<true>(logits, vocab, c, exps, references);                                                    \
-    }                                                                                                              \
-    FL_CLONES Sum sum_of_exponentials(const T* logits, int64_t vocab, float c) {                                   \
-        return sweep<false>(logits, vocab, c, static_cast<float*>(nullptr), static_cast<float*>(nullptr));         \
-    }                                                                                                              \
-    FL_CLONES void write_scaled(const float* exps, const float* references, Sum sum, int64_t vocab, float c,       \
-                                float factor, T* grad) {                                                           \
-        scaled(exps, references, sum, vocab, c, factor, grad);                                                     \
-    }                                                                                                              \
-    FL_CLONES void write_exponentials(const T* logits, int64_t vocab, float max, float c, float factor, T* grad) { \
-        exponentials_scaled(logits, vocab, max, c, factor, grad);                                                  \
-    }                                                                                                              \
-    FL_CLONES void multiply(T* grad, int64_t vocab, float factor) { scaled_in_place(grad, vocab, factor); }
-
-FL_ROW_FUNCTIONS(float)
-FL_ROW_FUNCTIONS(BFloat16)
-FL_ROW_FUNCTIONS(Float16)
+const VocabFunctions FL_VOCAB = {Row<float>::functions(), Row<BFloat16>::functions(), Row<Float16>::functions()};
 
 }  // namespace cpu
 }  // namespace fused_losses

@@ -1,0 +1,64 @@
+// What the CPU does with one row of logits. vocab.cpp is compiled once for each instruction set, into a table of
+// functions each, and launch.cpp picks the table that fits the machine. This header and simd.h must stay free of
+// functions that are merely inline: of those the linker keeps one copy, and it could be the AVX-512 one.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_losses {
+namespace cpu {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+// A row is walked in blocks: short enough that the exponentials run on L1 while the next block comes from memory.
+constexpr int64_t kBlock = 512;
+
+struct Sum {
+    float max;    // of the logits, at least -FLT_MAX, so that a row of -inf gives 0 / 0 and not inf - inf everywhere
+    float value;  // sum_j exp2((logits_j - max) * c)
+};
+
+template <class T>
+struct RowFunctions {
+    // exps_j = exp2((logits_j - references[j / kBlock]) * c), where a block's reference is the maximum up to its end.
+    // One read of the logits, one exponential per element; scaling a block by exp2((reference - max) * c) completes it.
+    // exps may be the logits themselves.
+    Sum (*exponentials)(const T* logits, int64_t vocab, float c, float* exps, float* references);
+
+    // The same sum without keeping the exponentials.
+    Sum (*sum_of_exponentials)(const T* logits, int64_t vocab, float c);
+
+    // grad_j = factor * exps_j, completed block by block.
+    void (*write_scaled)(const float* exps, const float* references, Sum sum, int64_t vocab, float c, float factor,
+                         T* grad);
+
+    // grad_j = factor * exp2((logits_j - max) * c); grad may be the logits.
+    void (*write_exponentials)(const T* logits, int64_t vocab, float max, float c, float factor, T* grad);
+
+    // grad_j *= factor
+    void (*multiply)(T* grad, int64_t vocab, float factor);
+
+    // One element to and from float32.
+    float (*load)(const T* element);
+    void (*store)(T* element, float value);
+};
+
+struct VocabFunctions {
+    RowFunctions<float> float32;
+    RowFunctions<BFloat16> bfloat16;
+    RowFunctions<Float16> float16;
+};
+
+extern const VocabFunctions vocab_baseline;
+#if defined(__x86_64__)
+extern const VocabFunctions vocab_avx2;    // x86-64-v3
+extern const VocabFunctions vocab_avx512;  // x86-64-v4
+#endif
+
+}  // namespace cpu
+}  // namespace fused_losses
