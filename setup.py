@@ -23,8 +23,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # machine code; the newest as PTX, too, for what comes after it
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads", "2"]
-# Vectors of 512 bits never cross a call, so their calling convention (psabi) does not matter; the other warning is about
-# GCC's own intrinsics.
+# Vectors of 512 bits never cross a call, so their calling convention (psabi) does not matter; the other is a warning of
+# GCC about its own intrinsics.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has none
 
@@ -122,12 +122,9 @@ def cpu_units() -> list[tuple[str, list[str]]]:
 
 
 def cuda_units() -> list[tuple[str, list[str]]]:
-    architectures = ";".join(CUDA_ARCHITECTURES)
+    define = f'-DFL_CUDA_ARCHITECTURES="{";".join(CUDA_ARCHITECTURES)}"'
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
-    return [
-        *((source, architecture_flags()) for source in sources),
-        ("csrc/bindings_cuda.cpp", [f'-DFL_CUDA_ARCHITECTURES="{architectures}"']),
-    ]
+    return [*((source, [define, *architecture_flags()]) for source in sources), ("csrc/bindings_cuda.cpp", [define])]
 
 
 def architecture_flags() -> list[str]:

@@ -96,6 +96,17 @@ def report() -> dict[str, Any]:
             else:
                 entry["backends"][name] = {"usable": False, "reason": reason}
         result["devices"].append(entry)
+    if torch.cuda.device_count() == 0:
+        build = "torch is a CPU build" if torch.version.cuda is None else f"torch is built for CUDA {torch.version.cuda}"
+        reason = backends.unusable("cuda", torch.device("cuda", 0))
+        result["devices"].append(
+            {
+                "device": "cuda",
+                "description": f"no device; {build}",
+                "auto": None,
+                "backends": {"cuda": {"usable": False, "reason": reason or "torch sees no CUDA device"}},
+            }
+        )
     result["ok"] = not any(
         (b["usable"] and not b["self_test"]["ok"]) or BROKEN in b.get("reason", "")
         for d in result["devices"]
@@ -117,7 +128,8 @@ def show(result: dict[str, Any]) -> None:
         f"triton {result['triton'] or 'not installed'}, CUDA of torch: {result['cuda'] or 'none (CPU build)'}"
     )
     for device in result["devices"]:
-        print(f"\n{device['device']}: {device['description']}; auto chooses {device['auto']}")
+        auto = f"; auto chooses {device['auto']}" if device["auto"] else ""
+        print(f"\n{device['device']}: {device['description']}{auto}")
         for name, backend in device["backends"].items():
             if not backend["usable"]:
                 print(f"  {name:7} -     {backend['reason']}")
