@@ -1,0 +1,58 @@
+// Reductions over a block. Every thread gets the same bits: a butterfly adds the same pairs in every lane, and addition
+// commutes. The order is fixed, so results repeat bitwise.
+#pragma once
+
+#include "sweep.cuh"
+
+namespace fused_losses {
+
+constexpr int kWarp = 32;  // as many lanes as a block has warps at most, so that one warp can reduce the partials
+constexpr unsigned kFullMask = 0xffffffffu;
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kFullMask, x, lane);
+    return x;
+}
+
+// All terms end up relative to the one maximum, then they are added.
+__device__ __forceinline__ OnlineSum warp_sum(OnlineSum x, float c) {
+    float max = x.max;
+#pragma unroll
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) max = fmaxf(max, __shfl_xor_sync(kFullMask, max, lane));
+    x.rescale(max, c);
+    x.sum = warp_sum(x.sum);
+    return x;
+}
+
+// One barrier per reduction. Two sets of partials take turns: a warp that is already in the next reduction must not
+// overwrite what a slower one still reads, and nobody is two ahead, because of the barrier in between.
+template <class T>
+class BlockReduce {
+  public:
+    struct Shared {
+        T partials[2][kWarp];
+    };
+
+    __device__ explicit BlockReduce(Shared& shared) : shared_(shared) {}
+
+    // reduce: over a warp, T -> T. identity: of lanes that have no warp's partial to contribute.
+    template <class Reduce>
+    __device__ __forceinline__ T operator()(T x, T identity, Reduce reduce) {
+        T* partials = shared_.partials[turn_];
+        turn_ = !turn_;
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+        x = reduce(x);
+        if (lane == 0) partials[warp] = x;
+        __syncthreads();
+        if (lane < warps) identity = partials[lane];
+        return reduce(identity);
+    }
+
+  private:
+    Shared& shared_;
+    bool turn_ = false;
+};
+
+}  // namespace fused_losses

@@ -1,0 +1,84 @@
+#include <atomic>
+#include <stdexcept>
+
+#include "device.h"
+
+namespace fused_losses {
+namespace {
+
+// Compiled for the same architectures as the real kernels: if this one has an image for a device, they have.
+__global__ void probe() {}
+
+std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
+
+std::string why(cudaError_t error) {
+    cudaGetLastError();  // else the next launch check would report this error as its own
+    return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+std::string without_image(int index, int capability) {
+    int previous = 0;
+    cudaError_t error = cudaGetDevice(&previous);
+    // Only where it is another one: making a device current takes hundreds of megabytes of its memory.
+    if (error == cudaSuccess && index != previous) error = cudaSetDevice(index);
+    if (error != cudaSuccess) return "CUDA device " + std::to_string(index) + " can't be used: " + why(error);
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, probe);
+    if (index != previous) cudaSetDevice(previous);
+    if (error == cudaSuccess) return "";
+    if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
+        return "CUDA device " + std::to_string(index) + " can't be used: " + why(error);
+    cudaGetLastError();
+    return "the CUDA kernels were built for architectures " FL_CUDA_ARCHITECTURES " and device " +
+           std::to_string(index) + " is sm_" + std::to_string(capability) +
+           "; rebuild with that architecture in the list";
+}
+
+}  // namespace
+
+std::string unusable(int index) {
+    int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
+    // With no driver at all the runtime reports version 0 and every other call says "driver insufficient".
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+        cudaGetLastError();
+        return "there is no NVIDIA driver on this machine; install one, or use CPU tensors";
+    }
+    if (cudaRuntimeGetVersion(&runtime) == cudaSuccess && driver / 1000 < runtime / 1000)
+        return "the NVIDIA driver supports CUDA " + version(driver) + " and these kernels were built with CUDA " +
+               version(runtime) + "; update the driver, or rebuild with an older CUDA compiler";
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess && error != cudaErrorNoDevice)
+        return "the CUDA devices can't be listed (" + why(error) + ")";
+    if (error == cudaErrorNoDevice) cudaGetLastError();
+    if (index < 0 || index >= count)
+        return "there is no CUDA device " + std::to_string(index) + ", this process sees " + std::to_string(count) +
+               "; check CUDA_VISIBLE_DEVICES";
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    if (error != cudaSuccess) return "CUDA device " + std::to_string(index) + " can't be asked (" + why(error) + ")";
+    const int capability = major * 10 + minor;
+    if (capability < 80)
+        return "CUDA device " + std::to_string(index) + " is sm_" + std::to_string(capability) +
+               " and these kernels need sm_80 (A100) or newer; use backend=\"triton\" or \"eager\"";
+    return without_image(index, capability);
+}
+
+DeviceLimits device_limits() {
+    constexpr int kDevices = 64;
+    static std::atomic<int64_t> kept[kDevices];  // multiprocessors << 48 | L2 bytes; 0: not asked yet
+    int device = 0, multiprocessors = 0, l2_bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const bool keep = error == cudaSuccess && device < kDevices;
+    int64_t packed = keep ? kept[device].load(std::memory_order_relaxed) : 0;
+    if (packed == 0) {
+        if (error == cudaSuccess)
+            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+        if (error != cudaSuccess) throw std::runtime_error("fused_losses: no usable CUDA device (" + why(error) + ")");
+        packed = static_cast<int64_t>(multiprocessors) << 48 | l2_bytes;
+        if (keep) kept[device].store(packed, std::memory_order_relaxed);
+    }
+    return {static_cast<int>(packed >> 48), packed & ((int64_t{1} << 48) - 1)};
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,75 @@
+// The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, shared
+// memory and the launch itself. The kernels use nothing of CUDA beside this, thread indices, barriers and shuffles, so
+// that tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its meaning.
+#pragma once
+
+#include <stdint.h>
+
+#if !defined(__CUDACC__)
+#include "host_cuda.h"
+#else
+
+#include <stdexcept>
+#include <string>
+
+namespace fused_losses {
+
+// 2^x with a relative error of at most 2^-22, one MUFU; exact at 0. Subnormal results are 0: beside the row's maximum,
+// whose term is exactly 1, they could not be seen. The argument (x - max) c comes with three roundings, a relative
+// error of at most |argument| 2^-23 in the result: 2^-17 where p is e^-50.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Will be read again soon: L1 and L2 keep it as usual. Not the non-coherent path: in place, the row is written later.
+__device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
+
+// Last use of the line: evicted first, so that it does not push out the rows that are still to be swept again.
+__device__ __forceinline__ uint4 load_last(const uint4* p) { return __ldcs(p); }
+__device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }
+
+// Element 0 of a pair is the low half.
+__device__ __forceinline__ float2 from_bfloat16x2(uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+__device__ __forceinline__ uint32_t to_bfloat16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ __forceinline__ float2 from_float16x2(uint32_t pair) {
+    float low, high;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+    return {low, high};
+}
+__device__ __forceinline__ uint32_t to_float16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// The block's shared memory, of which the launch asked for sizeof(S); not initialised.
+template <class S>
+__device__ __forceinline__ S& shared_memory() {
+    extern __shared__ uint4 bytes[];
+    return *reinterpret_cast<S*>(bytes);
+}
+
+template <class Params>
+void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, uintptr_t stream, Params params) {
+    void* arguments[] = {&params};
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                         arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // else the next one who asks would take it for his own
+    throw std::runtime_error(std::string("fused_losses: a CUDA kernel could not be launched: ") +
+                             cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace fused_losses
+#endif

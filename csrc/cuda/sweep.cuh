@@ -1,0 +1,184 @@
+// How a block of threads walks over a row: 16-byte vectors with a peeled head and tail, so that an odd V or an odd row
+// start costs at most 14 elements handled one by one, never the vector width.
+//
+// A sweep gives every thread a fixed set of elements, and the thread that owns an element is known without searching:
+// Span::owner. Indices in a row are int (V < 2^31); only row offsets are int64.
+#pragma once
+
+#include "vector.cuh"
+
+namespace fused_losses {
+
+constexpr int kMinThreads = 32;  // not less: each edge element of a row needs a thread of its own
+constexpr int kMaxThreads = 1024;
+
+// Vectors that a thread loads, and holds, at a time: 64 bytes in flight per thread and 64 KB per multiprocessor, where
+// 4.8 TB/s need about 25. Twice as many spill.
+constexpr int kUnroll = 4;
+
+// Row = head elements | vectors | tail elements. Head and tail are the edges: thread i has edge element i.
+template <class T>
+struct Span {
+    int head;
+    int vectors;
+    int edges;
+
+    // Vectors aligned in `row`.
+    __device__ __forceinline__ Span(const T* row, int vocab) {
+        const int to_boundary = static_cast<int>((0 - reinterpret_cast<uintptr_t>(row)) % 16 / sizeof(T));
+        head = to_boundary < vocab ? to_boundary : vocab;
+        vectors = (vocab - head) / kWidth<T>;
+        edges = vocab - vectors * kWidth<T>;
+    }
+
+    // One vector less at either end. Their elements become edges: at most 30, and there are 32 threads.
+    __device__ __forceinline__ void shrink() {
+        const int fewer = vectors < 2 ? vectors : 2;
+        head += vectors > 0 ? kWidth<T> : 0;
+        vectors -= fewer;
+        edges += fewer * kWidth<T>;
+    }
+
+    __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + vectors * kWidth<T>; }
+
+    __device__ __forceinline__ int owner(int j) const {
+        if (j < head) return j;
+        const int body = j - head;
+        return body < vectors * kWidth<T> ? body / kWidth<T> % blockDim.x : j - vectors * kWidth<T>;
+    }
+};
+
+// ---- Sweep 1: maximum and sum of exponentials ---------------------------------------------------------------------
+
+// max is a running maximum of raw logits that starts at a finite floor: in an all -inf part (-inf) - (-inf) would be
+// NaN. sum = sum_j 2^((x_j - max) c). The maximum is subtracted first, so that a large common offset costs no digits.
+// fmaxf drops a NaN, but the sum does not; +inf gives inf - inf there. Either way the row becomes NaN through its sum.
+struct OnlineSum {
+    float max = -3.402823466e+38f;
+    float sum = 0.f;
+
+    __device__ __forceinline__ void rescale(float new_max, float c) {
+        sum *= exp2_approx((max - new_max) * c);
+        max = new_max;
+    }
+    __device__ __forceinline__ void add(float x, float c) {
+        rescale(fmaxf(max, x), c);
+        sum += exp2_approx((x - max) * c);
+    }
+};
+
+// Adds the vectors u * blockDim.x, u < kUnroll, for which inside(u). One rescale per call, not per element: ex2 is what
+// a sweep has least of (16 per clock and SM). Summed in three levels, within a vector, a chunk and the row, so that
+// rounding grows with none of them alone.
+template <class T, class Inside>
+__device__ __forceinline__ void add_chunk(OnlineSum& acc, const uint4* vectors, float c, Inside inside) {
+    uint4 raw[kUnroll];
+    float x[kWidth<T>];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+        raw[u] = inside(u) ? load(vectors + u * blockDim.x) : uint4{};  // left unset, it would stay live over rows
+    float max = acc.max;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        if (!inside(u)) continue;
+        unpack<T>(raw[u], x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) max = fmaxf(max, x[i]);
+    }
+    acc.rescale(max, c);
+    float chunk = 0.f;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        if (!inside(u)) continue;
+        unpack<T>(raw[u], x);
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) sum += exp2_approx((x[i] - max) * c);
+        chunk += sum;
+    }
+    acc.sum += chunk;
+}
+
+// This thread's share of the row. c = log2(e) / temperature.
+template <class T>
+__device__ __forceinline__ OnlineSum sum_row(const T* row, int vocab, float c) {
+    const Span<T> span(row, vocab);
+    const int thread = threadIdx.x, step = kUnroll * blockDim.x;
+    const uint4* vectors = reinterpret_cast<const uint4*>(row + span.head);
+    OnlineSum acc;
+    int v = thread;
+    for (const int whole = span.vectors / step * step; v < whole; v += step)
+        add_chunk<T>(acc, vectors + v, c, [](int) { return true; });
+    add_chunk<T>(acc, vectors + v, c, [&](int u) { return v + u * static_cast<int>(blockDim.x) < span.vectors; });
+    // Last: the vectors beside the edges have brought their cache lines in.
+    if (thread < span.edges) acc.add(to_float(row[span.edge(thread)]), c);
+    return acc;
+}
+
+// ---- Sweep 2: out_j = f(in_j) -------------------------------------------------------------------------------------
+
+template <bool skewed>
+constexpr int kMapUnroll = skewed ? kUnroll / 2 : kUnroll;  // a skewed vector is two loads
+
+template <class T, bool skewed, class F, class Inside>
+__device__ __forceinline__ void map_chunk(const uint4* in, int skew, uint4* out, const F& f, Inside inside) {
+    uint4 raw[kMapUnroll<skewed>];
+#pragma unroll
+    for (int u = 0; u < kMapUnroll<skewed>; ++u) {
+        const uint4* p = in + u * blockDim.x;
+        raw[u] = !inside(u) ? uint4{} : skewed ? load_skewed(p, skew) : load_last(p);
+    }
+#pragma unroll
+    for (int u = 0; u < kMapUnroll<skewed>; ++u) {
+        if (!inside(u)) continue;
+        float x[kWidth<T>];
+        unpack<T>(raw[u], x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+        store_streaming(out + u * blockDim.x, pack<T>(x));
+    }
+}
+
+// Last chunk first: what the previous sweep read last is what the caches still hold, and where the rows in flight
+// outgrow them, going back finds some of it while going round in the same order finds none.
+template <class T, bool skewed, class F>
+__device__ __forceinline__ void map_vectors(const uint4* in, int skew, uint4* out, int vectors, const F& f) {
+    const int thread = threadIdx.x, step = kMapUnroll<skewed> * blockDim.x;
+    int v = vectors / step * step + thread;
+    map_chunk<T, skewed>(in + v, skew, out + v, f,
+                         [&](int u) { return v + u * static_cast<int>(blockDim.x) < vectors; });
+    for (v -= step; v >= 0; v -= step) map_chunk<T, skewed>(in + v, skew, out + v, f, [](int) { return true; });
+}
+
+// out may be in. Vectors are aligned in out; where in has another phase (a strided view beside a contiguous buffer,
+// odd V), each is put together from two aligned loads, and the span shrinks so that both lie within the row.
+// The span returned knows which thread wrote an element.
+template <class T, class F>
+__device__ __forceinline__ Span<T> map_row(const T* in, T* out, int vocab, const F& f) {
+    Span<T> span(out, vocab);
+    const int skew = static_cast<int>((reinterpret_cast<uintptr_t>(in) - reinterpret_cast<uintptr_t>(out)) % 16);
+    if (skew) span.shrink();
+    if (static_cast<int>(threadIdx.x) < span.edges) {
+        const int edge = span.edge(threadIdx.x);
+        assign(out[edge], f(to_float(in[edge])));
+    }
+    uint4* to = reinterpret_cast<uint4*>(out + span.head);
+    if (skew) {
+        const char* aligned = reinterpret_cast<const char*>(in + span.head) - skew;
+        map_vectors<T, true>(reinterpret_cast<const uint4*>(aligned), skew, to, span.vectors, f);
+    } else {
+        map_vectors<T, false>(reinterpret_cast<const uint4*>(in + span.head), 0, to, span.vectors, f);
+    }
+    return span;
+}
+
+// +0 everywhere; reads nothing.
+template <class T>
+__device__ __forceinline__ void zero_row(T* out, int vocab) {
+    const Span<T> span(out, vocab);
+    if (static_cast<int>(threadIdx.x) < span.edges) assign(out[span.edge(threadIdx.x)], 0.f);
+    uint4* vectors = reinterpret_cast<uint4*>(out + span.head);
+    for (int v = threadIdx.x; v < span.vectors; v += blockDim.x) store_streaming(vectors + v, {0, 0, 0, 0});
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,63 @@
+"""Compile the device code of csrc/cuda for the CPU into a Python module, `_host_cuda`, with g++."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CXX = os.environ.get("CXX", "g++")
+# Vectors are read through uint4, as CUDA allows; the bindings want hidden symbols.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run(*command: object, **kwargs) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **kwargs)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def bindings(folder: Path) -> Path:
+    """The object that does not depend on the device code; most of the time of a build."""
+    import pybind11
+
+    out = folder / "module.o"
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    run(CXX, *FLAGS, "-O0", *include, "-c", HERE / "module.cpp", "-o", out)
+    return out
+
+
+def build(folder: Path, module: Path, *, sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
+    """`folder`, holding the module. edit: (file in csrc, text that occurs once in it, its replacement)."""
+    source = folder / "csrc"
+    shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
+    if edit:
+        file, old, new = edit
+        text = (source / file).read_text()
+        assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
+        (source / file).write_text(text.replace(old, new))
+    flags = FLAGS + (SANITIZE if sanitize else [])
+    device = folder / "launch.o"
+    run(CXX, *flags, f"-I{HERE}", "-x", "c++", "-c", source / "cuda" / "launch.cu", "-o", device)
+    run(CXX, *flags, "-shared", module, device, "-o", folder / "_host_cuda.so")
+    return folder
+
+
+def sweep(folder: Path, *, sanitize: bool = False, cases: int = 60) -> subprocess.CompletedProcess:
+    """Runs sweep.py in a process of its own: a bug in device code may end it."""
+    environment = dict(os.environ)
+    if sanitize:
+        # Python itself is not instrumented: the runtime must come first, with the library whose `throw` it wraps, and
+        # Python's leaks are not ours.
+        libraries = (run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so"))
+        environment["LD_PRELOAD"] = " ".join(libraries)
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    command = [sys.executable, HERE / "sweep.py", folder, str(cases)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
