@@ -1,0 +1,200 @@
+"""The benchmark measures what it says: a smoke run, a report on it, and opponents that are wrong on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one --quick run, in a process of its own: it sets torch up as a user's run does."""
+    out = tmp_path_factory.mktemp("records")
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--quick", "--device", "cpu", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = out.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(records_file: Path) -> list[dict]:
+    return [json.loads(line) for line in records_file.read_text().splitlines()]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The modules of bench/, which import each other by plain names as scripts do."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    names = ("accuracy", "cases", "conditions", "memory", "opponents", "report", "run", "timing")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    modules = SimpleNamespace(**{name: __import__(name) for name in names})
+    yield modules
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_every_loss_is_measured_in_every_mode(records: list[dict], bench: SimpleNamespace) -> None:
+    found = {(r["loss"], r["mode"]) for r in records if r["contender"] == "fused"}
+    assert found >= {(loss, mode) for loss in bench.cases.LOSSES for mode in bench.cases.ALL_MODES}
+    assert {r["contender"] for r in records} >= {"fused", "eager", "F.cross_entropy", "copy", "mul_", "clone", "read"}
+
+
+def test_records_say_how_they_were_measured(records: list[dict]) -> None:
+    for r in records:
+        assert r["status"] == "ok"
+        assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
+        for field in ("device", "cpu", "threads", "driver", "torch", "triton", "python", "commit", "dirty", "date"):
+            assert field in r
+        if r["group"] != "overhead":
+            assert r["ratio_to_copy"] > 0 and r["ratio_to_mul"] > 0
+            assert r["peak_bytes"] >= 0
+    text = json.dumps(records)
+    assert str(ROOT) not in text and os.uname().nodename not in text
+
+
+def test_peak_memory_and_errors_of_the_smoke_run(records: list[dict]) -> None:
+    logits = 64 * 1000 * 4
+    for r in records:
+        if r["case"] != "quick 64x1000" or not r["same_loss"] or r["mode"] == "floor":
+            continue
+        assert r["loss_error"] < 1e-4
+        if r["mode"] == "separate":
+            assert r["grad_error"] < 1e-4 and r["peak_bytes"] >= logits
+        if r["mode"] == "inplace" and r["backend"] == "cpu":
+            assert r["peak_bytes"] < logits
+
+
+def test_interface_overhead_is_measured(records: list[dict]) -> None:
+    public = [r for r in records if r["group"] == "overhead" and r["contender"] == "fused" and r["mode"] == "public"]
+    assert public and all(r["overhead_us"] > 0 for r in public)
+
+
+def test_report_fills_the_readme_and_check_guards_it(
+    records_file: Path, bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    names = ("cpu-losses", "cpu-overhead", "gpu")
+    readme.write_text("# x\n\n" + "\n\n".join(f"<!-- bench:{n} -->\n<!-- /bench:{n} -->" for n in names) + "\n\nend\n")
+    options = [str(records_file), "--readme", str(readme), "--plots", str(tmp_path / "plots")]
+    assert bench.report.main([*options, "--check"]) == 1
+    assert bench.report.main(options) == 0
+    text = readme.read_text()
+    assert text.startswith("# x\n") and text.endswith("\nend\n")
+    assert "| cross_entropy (" in text and " us |" in text
+    assert bench.report.NOT_MEASURED in text.split("bench:gpu")[1]
+    assert bench.report.main([*options, "--check"]) == 0
+
+    readme.write_text(text.replace(" us |", "1 us |", 1))
+    assert bench.report.main([*options, "--check"]) == 1
+    assert "1 us |" in capsys.readouterr().err
+    readme.write_text("no table here")
+    assert bench.report.main([*options, "--check"]) == 1
+
+
+def test_report_takes_the_last_of_a_measurement_and_the_newest_file(bench: SimpleNamespace, tmp_path: Path) -> None:
+    record = dict.fromkeys(bench.report.KEY) | {"device": "x", "device_type": "cpu", "threads": 2}
+    older, newer = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
+    older.write_text(json.dumps({**record, "date": "2025-01-01", "median_ms": 1}))
+    newer.write_text("\n".join(json.dumps({**record, "date": "2025-01-02", "median_ms": ms}) for ms in (2, 3)))
+    assert [r["median_ms"] for r in bench.report.load([newer, older])["cpu"][0]] == [3]
+
+
+def test_plots_are_drawn(records: list[dict], bench: SimpleNamespace, tmp_path: Path) -> None:
+    shown = [{**r, "contender": "torch.compile"} if r["contender"] == "eager" else r for r in records]
+    bench.report.plot(shown, tmp_path / "plots" / "cpu.png")
+    assert (tmp_path / "plots" / "cpu.png").stat().st_size > 10_000
+
+
+def test_a_wrong_opponent_shows(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench.cases.Case("wrong", (16,), 100, ("fp32",), ("ppo",), ("separate",), ("eager",))
+    # a ratio that nobody clips: the loss of most tokens is right
+    monkeypatch.setitem(bench.opponents.PLAIN, "ppo", lambda x, q, a, low, high: -torch.exp(x - q) * a)
+    with pytest.raises(AssertionError, match="plain formula of ppo"):
+        bench.opponents.check_plain_formulas(("ppo",))
+    problem = bench.cases.make_problem(case, "ppo", "fp32", CPU)
+    measured = bench.run.measure(problem, "fwd+bwd", case.modes, (), case.opponents, repeats=2)
+    (eager,) = [r for r in measured if r["contender"] == "eager"]
+    assert eager["status"] == "wrong" and eager["grad_error"] > 1e-3
+    assert bench.report.cell([eager], bench.report.time_and_speedup) == "wrong"
+
+
+def test_true_class_gradient_rounded_before_it_is_formed_shows(bench: SimpleNamespace) -> None:
+    problem = bench.cases.make_problem(bench.cases.Case("sharp", (64,), 1000), "cross_entropy", "bf16", CPU)
+    truth = bench.accuracy.Truth(problem, two_phase=False)
+    logits = problem.source.float().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits, problem.targets)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    loss = loss.detach()
+    assert truth.errors(loss, gradient.bfloat16()).verdict == "ok"
+    probabilities = torch.softmax(logits.detach(), -1).bfloat16()
+    rounded = (probabilities - torch.nn.functional.one_hot(problem.targets, 1000)) / 64
+    errors = truth.errors(loss, rounded.bfloat16())
+    assert errors.true_class > 0.5 and errors.verdict == "inexact"
+    assert truth.errors(loss * torch.nan, None).verdict == "wrong"
+    assert truth.errors(loss, gradient * 1.05).verdict == "wrong"
+
+
+def test_an_opponent_that_fails_is_a_record_and_not_the_end(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(problem: object, mode: str) -> None:
+        raise ImportError("no such symbol")
+
+    def exhausted(problem: object, mode: str):
+        def loss(logits: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+        return loss
+
+    monkeypatch.setitem(bench.run.OPPONENTS, "quack", bench.opponents.Opponent("quack", broken))
+    monkeypatch.setitem(bench.run.OPPONENTS, "Liger CE", bench.opponents.Opponent("Liger CE", exhausted))
+    case = bench.cases.Case("broken", (4,), 50)
+    problem = bench.cases.make_problem(case, "ppo", "fp32", CPU)
+    measured = bench.run.measure(problem, "fwd+bwd", ("separate",), ("eager",), ("quack", "Liger CE"), repeats=2)
+    status = {r["contender"]: r["status"] for r in measured}
+    assert status["quack"] == "failed: ImportError"
+    assert status["Liger CE"] == "out of memory"
+    assert status["fused"] == "ok"
+
+
+def test_calls_are_interleaved_and_the_logits_restored_before_each(bench: SimpleNamespace) -> None:
+    log: list[str] = []
+    calls = {name: (lambda name=name: log.append(name)) for name in "AB"}
+    times = bench.timing.interleaved(calls, lambda: log.append("restore"), 2, CPU)
+    assert log == ["restore", "A", "restore", "B"] * 2
+    assert all(len(t.ms) == 2 and min(t.ms) > 0 for t in times.values())
+    assert bench.timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
+
+
+def test_peak_memory_counts_what_operators_take_and_give_back(bench: SimpleNamespace) -> None:
+    x = torch.randn(1000, 100)
+
+    def call() -> torch.Tensor:
+        y = x + 1  # 400 kB
+        z = y * 2  # 800 kB live
+        del y
+        return z.sum()
+
+    assert 800_000 <= bench.memory.peak_bytes(call, CPU) < 850_000
+
+
+def test_names_of_record_files_hold_no_path(bench: SimpleNamespace) -> None:
+    where = bench.conditions.conditions(CPU, commit="abc123")
+    assert where["commit"] == "abc123"
+    name = bench.conditions.file_name({**where, "device": "AMD EPYC (R) 9/4", "threads": 2})
+    assert name == f"{where['date'][:10]}-amd-epyc-r-9-4-2-threads-abc123.jsonl"
