@@ -88,8 +88,10 @@ void expect_huge_pages(const Rows& rows, int64_t vocab, size_t element) {
 #endif
 }
 
+// A row that was not read (0, 1, 0) must give 0 where its temperature is bad, too; one that was shows it in its sum.
 float logprob(float max, float sum, float target_logit, float inverse_temperature) {
-    return (target_logit - max) * inverse_temperature - logf(sum);
+    const float distance = target_logit - max;
+    return (distance == 0.f ? 0.f : distance * inverse_temperature) - logf(sum);
 }
 
 template <class T>

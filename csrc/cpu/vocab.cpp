@@ -107,8 +107,10 @@ void exponentials_scaled(const T* logits, int64_t vocab, float max, float c, flo
 template <class T>
 void scaled_in_place(T* grad, int64_t vocab, float factor) {
     for_each_group(grad, vocab, [&](const T* group, int64_t j, int64_t count) __attribute__((always_inline)) {
-        store_group(grad + j, count,
-                    [&](int64_t i) __attribute__((always_inline)) { return factor * load(group + i); });
+        store_group(grad + j, count, [&](int64_t i) __attribute__((always_inline)) {
+            const Floats x = load(group + i);
+            return x == 0.f ? x : factor * x;  // a masked token's gradient stays 0 for an infinite factor, too
+        });
     });
 }
 

@@ -26,8 +26,11 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def launch(first: torch.Tensor, *args: Any) -> Any:
+        stream = torch.cuda.current_stream(first.device).cuda_stream
+        if first.device.index == torch.cuda.current_device():  # asking is cheaper than switching
+            return function(first, *args, stream=stream)
         with torch.cuda.device(first.device):
-            return function(first, *args, stream=torch.cuda.current_stream(first.device).cuda_stream)
+            return function(first, *args, stream=stream)
 
     return launch
 

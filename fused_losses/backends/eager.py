@@ -76,7 +76,10 @@ def objective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (0-d, or weight * loss per token), the logprobs, and weight * dloss/dlogp / denominator per token."""
     maximum, total, target = row_stats
-    logp = (target - maximum) * _inverse_temperature(temperature, maximum) - total.log()
+    distance = target - maximum
+    scaled = distance * _inverse_temperature(temperature, maximum)
+    # A row that was not read (0, 1, 0) gives 0 where its temperature is bad, too; one that was shows it in its sum.
+    logp = scaled.where(distance != 0, 0.0) - total.log()
 
     with torch.enable_grad():
         x = logp.detach().requires_grad_()
@@ -122,7 +125,8 @@ def grad(
 
 
 def scale(gradient: Tensor, upstream: Tensor) -> None:
-    gradient.mul_(upstream)
+    zero = gradient == 0  # a masked token's gradient stays 0 for an infinite scale, too
+    gradient.mul_(upstream).masked_fill_(zero, 0.0)
 
 
 def _inverse_temperature(temperature: Column, like: Tensor) -> Tensor:
