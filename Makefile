@@ -19,7 +19,7 @@ test: install
 	$(RUN) -m pytest -n 2
 
 bench: install
-	$(RUN) bench/run.py
+	$(RUN) bench/run.py --touch 8
 	$(RUN) bench/report.py
 
 lint: install

@@ -39,10 +39,13 @@ def self_test(backend: str, device: torch.device) -> dict[str, Any]:
     gradient, plus a term for results so near 0 that eager happens to be exact.
     """
     worst = {"loss": 0.0, "gradient": 0.0}
+    dtypes = set(LOGITS_DTYPES)
+    if backend == "triton" and device.type == "cpu":
+        dtypes.discard(torch.bfloat16)  # Triton's interpreter truncates where the hardware rounds
     for name, objective in OBJECTIVES.items():
         if not objective.is_loss:
             continue
-        for dtype in LOGITS_DTYPES:
+        for dtype in dtypes:
             logits, target_tokens, inputs = sample(objective.inputs, dtype, device)
             truth = run(reference, name, logits.double(), target_tokens, inputs)
             eager = run(reference, name, logits, target_tokens, inputs)
