@@ -100,7 +100,9 @@ def report() -> dict[str, Any]:
                 entry["backends"][name] = {"usable": False, "reason": reason}
         result["devices"].append(entry)
     if torch.cuda.device_count() == 0:
-        build = "torch is a CPU build" if torch.version.cuda is None else f"torch is built for CUDA {torch.version.cuda}"
+        build = (
+            "torch is a CPU build" if torch.version.cuda is None else f"torch is built for CUDA {torch.version.cuda}"
+        )
         reason = backends.unusable("cuda", torch.device("cuda", 0))
         result["devices"].append(
             {

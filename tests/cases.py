@@ -1,0 +1,268 @@
+"""Data, a way to run any loss on it, and what counts as the right numbers: shared by the tests.
+
+Everything is driven by ``fused_losses.objectives.OBJECTIVES``. A new loss is tested as it stands; it gets telling data
+for an input of a new name if that is added to ``INPUTS``.
+
+The truth is ``fused_losses.reference`` in float64. A result passes if its error is at most FACTOR times that of the
+same formula in eager torch at the dtype of the logits, plus a few roundings of float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fused_losses
+from fused_losses import reference
+from fused_losses.objectives import OBJECTIVES
+
+LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.is_loss)
+POLICY_LOSSES = tuple(name for name in LOSSES if "advantages" in OBJECTIVES[name].inputs)
+CLIPPED_LOSSES = tuple(name for name in LOSSES if "clip_low_threshold" in OBJECTIVES[name].bounds)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES: dict[str, dict[str, Any]] = {  # the ways to a gradient
+    "one pass": {},
+    "in place": {"inplace": True},
+    "recompute": {"recompute": True},
+    "none": {"reduction": "none"},
+}
+
+LOSS_FACTOR, GRADIENT_FACTOR = 2, 3
+EPS = torch.finfo(torch.float32).eps
+
+
+def _away_from_bounds(log_ratio: Tensor) -> Tensor:
+    """Log ratios whose ratio is not within rounding of a clip bound, where the side that it falls on is an accident."""
+    for bound in (0.8, 1.2, 0.0, 4.0):
+        log_ratio = torch.where((log_ratio.exp() - bound).abs() < 1e-2, log_ratio + 0.05, log_ratio)
+    return log_ratio
+
+
+# name of an input -> values for tokens of logprob x; drawn from the seeded global generator
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "old_logprobs": lambda x: (x - _away_from_bounds(0.4 * torch.randn(x.shape))).float(),
+    "advantages": lambda x: torch.randn(x.shape),
+    "clip_low_threshold": lambda x: 0.4 + 0.2 * torch.rand(x.shape),
+    "clip_high_threshold": lambda x: 1.5 + torch.rand(x.shape),
+    "beta": lambda x: torch.rand(x.shape),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a loss. ``logits`` is ``view(storage)``, so that strides survive copies and changes of dtype."""
+
+    objective: str
+    storage: Tensor
+    target_tokens: Tensor
+    keywords: dict[str, Any] = field(default_factory=dict)
+    view: Callable[[Tensor], Tensor] = lambda t: t
+
+    @property
+    def logits(self) -> Tensor:
+        return self.view(self.storage)
+
+    def having(self, **keywords: Any) -> Case:
+        return replace(self, keywords=self.keywords | keywords)
+
+    def public(self, backend: str) -> Callable[..., Any]:
+        function = getattr(fused_losses, self.objective)
+        return lambda *args, **kwargs: function(*args, backend=backend, **kwargs)
+
+    @property
+    def reduction(self) -> str:
+        default = inspect.signature(getattr(fused_losses, self.objective)).parameters["reduction"].default
+        return self.keywords.get("reduction", default)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.objective)
+
+
+def make(
+    objective: str,
+    leading: tuple[int, ...] = (7,),
+    vocab: int = 31,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    view: Callable[[Tensor], Tensor] = lambda t: t,
+    seed: int = 0,
+    ignored: bool = True,
+    **keywords: Any,
+) -> Case:
+    """Random logits, ``leading + (vocab,)`` before ``view``, with -inf, a confident token and an ignored one."""
+    torch.manual_seed(seed)
+    storage = (torch.randn(*leading, vocab) * 3).to(dtype)
+    logits = view(storage)
+    target = torch.randint(logits.shape[-1], logits.shape[:-1])
+    flat_target = target.view(-1)
+    n = flat_target.numel()
+    if vocab >= 31 and view(torch.empty_like(storage)).is_contiguous():
+        rows = logits.view(-1, vocab)
+        rows[0 : n // 2, 5] = -torch.inf
+        flat_target[: n // 2][flat_target[: n // 2] == 5] = 6
+        rows[1:2] *= 0.3  # p of the target about 0.999
+        rows[1:2].scatter_(1, flat_target[1:2, None], 12.0)
+    if ignored and n >= 3:
+        flat_target[2] = keywords.get("ignore_index", -100)
+    x = reference.logprobs(logits.double(), target, **_of_logprobs(keywords))
+    inputs = {name: INPUTS.get(name, INPUTS["beta"])(x.cpu()) for name in OBJECTIVES[objective].inputs}
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in (inputs | keywords).items()}
+    return Case(objective, storage.to(device), target.to(device), moved, view)
+
+
+def per_token_bounds(case: Case) -> dict[str, Tensor]:
+    x = torch.zeros(case.target_tokens.shape)
+    names = OBJECTIVES[case.objective].bounds
+    return {name: INPUTS.get(name, INPUTS["beta"])(x).to(case.storage.device) for name in names}
+
+
+def _of_logprobs(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {k: keywords[k] for k in ("temperature", "ignore_index") if k in keywords}
+
+
+@dataclass(frozen=True)
+class Numbers:
+    loss: Tensor
+    gradient: Tensor  # of the storage
+    logprobs: Tensor | None = None
+
+
+def run(
+    function: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype | None = None,
+    upstream: Tensor | float = 1.0,
+    **keywords: Any,
+) -> Numbers:
+    """Forward and backward. In place, the gradient comes through a copy: the storage is a leaf."""
+    keywords = case.keywords | keywords
+    storage = case.storage.to(dtype or case.storage.dtype, copy=True).requires_grad_()
+    if dtype is not None:
+        floating = {k: v for k, v in keywords.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        keywords = keywords | {k: v.to(dtype) for k, v in floating.items()}
+    logits = case.view(storage.clone() if keywords.get("inplace") else storage)
+    outputs = None
+    if case.objective == "logprobs":
+        loss = function(logits, case.target_tokens, **keywords)
+    else:
+        loss, outputs = function(logits, case.target_tokens, return_outputs=True, **keywords)
+    loss.backward(torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand(loss.shape))
+    assert storage.grad is not None
+    return Numbers(loss.detach(), storage.grad, outputs and outputs.logprobs)
+
+
+def check(case: Case, backend: str, upstream: Tensor | float = 1.0, **keywords: Any) -> Numbers:
+    """Run ``case`` on ``backend`` and hold every number against the truth. Returns the numbers."""
+    case = case.having(**keywords)
+    actual = run(case.public(backend), case, upstream=upstream)
+    eager = run(case.reference, case, upstream=upstream)
+    truth = run(case.reference, case, torch.float64, upstream=upstream)
+
+    assert actual.loss.dtype == torch.float32 and actual.loss.shape == truth.loss.shape
+    assert_loss(actual.loss, eager.loss, truth.loss, _loss_scale(case))
+    logp = truth.loss if truth.logprobs is None else truth.logprobs
+    if actual.logprobs is not None and eager.logprobs is not None:
+        assert actual.logprobs.dtype == torch.float32 and actual.logprobs.shape == case.target_tokens.shape
+        assert_loss(actual.logprobs, eager.logprobs, logp, 1 + logp.abs())
+    gradients = (case.view(numbers.gradient) for numbers in (actual, eager, truth))
+    assert_gradient(*gradients, case.target_tokens, logp)
+    return actual
+
+
+def assert_loss(actual: Tensor, eager: Tensor, truth: Tensor, scale: Tensor | float) -> None:
+    """``scale``: what one rounding of each logprob and of each token's loss amounts to, in units of EPS."""
+    error, yardstick = _errors(actual, eager, truth)
+    _assert_within(error, LOSS_FACTOR * yardstick + 4 * EPS * scale, actual, truth, "loss or logprob")
+
+
+def assert_gradient(actual: Tensor, eager: Tensor, truth: Tensor, target_tokens: Tensor, logp: Tensor) -> None:
+    """Element by element, as a norm over a row hides all but its largest; the target's element on its own.
+
+    The allowance is GRADIENT_FACTOR times the larger of eager's error, at its worst in the row relative to the element,
+    and one rounding to the dtype; plus a few roundings of float32.
+    """
+    dtype, vocab = actual.dtype, truth.shape[-1]
+    assert dtype == eager.dtype
+    actual, eager, truth = (t.reshape(-1, vocab) for t in (actual, eager, truth))
+    error, yardstick = _errors(actual, eager, truth)
+    target = target_tokens.reshape(-1, 1).clamp(0, vocab - 1).long()
+    logp = logp.reshape(-1, 1)
+
+    size = truth.abs()
+    relative = (yardstick / size).nan_to_num(0.0, 0.0, 0.0).scatter(1, target, 0.0).amax(-1, keepdim=True)
+    # p_j = exp(z_j - lse): a rounding of the exponent is a relative error of p_j
+    exponent = (size / size.amax(-1, keepdim=True)).log().abs().nan_to_num(0.0, 0.0, 0.0) + logp.abs() + 2
+    roundings = 4 * EPS * exponent * size
+    allowed = GRADIENT_FACTOR * torch.maximum(relative * size, half_ulp(size, dtype)) + roundings
+
+    coefficient = (size.gather(1, target) / -torch.expm1(logp)).nan_to_num(0.0, 0.0, 0.0)  # of 1 - p_t
+    own = torch.maximum(yardstick, half_ulp(size, dtype)).gather(1, target)
+    allowed = allowed.scatter(1, target, GRADIENT_FACTOR * own + 4 * EPS * coefficient * (2 + logp.abs()))
+    _assert_within(error, allowed, actual, truth, "gradient")
+
+
+def half_ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error of one rounding to ``dtype``; subnormal numbers may be flushed to zero, float16's excepted."""
+    info = torch.finfo(dtype)
+    rounding = torch.exp2(torch.floor(torch.log2(size.clamp(min=info.smallest_normal)))) * info.eps / 2
+    return rounding.clamp(min=torch.finfo(torch.float32).smallest_normal)
+
+
+def assert_rounded_once(case: Case, backend: str, **keywords: Any) -> None:
+    """All but a few elements are the truth rounded to nearest; truncated, or rounded twice, half or a tenth are not."""
+    actual = run(case.public(backend), case, **keywords).gradient
+    truth = run(case.reference, case, torch.float64, **keywords).gradient
+    off = (actual != truth.to(actual.dtype)).double().mean().item()
+    assert off < 0.02, f"{off:.1%} of the elements are not the truth rounded to nearest"
+
+
+def _errors(actual: Tensor, eager: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """The errors of both, 0 where the truth is not finite: there ``actual`` has to be the same."""
+    special = ~torch.isfinite(truth)
+    torch.testing.assert_close(actual.double()[special], truth[special], rtol=0, atol=0, equal_nan=True)
+    return tuple((t.double() - truth).abs().masked_fill(special, 0.0) for t in (actual, eager))
+
+
+def _assert_within(error: Tensor, allowed: Tensor, actual: Tensor, truth: Tensor, what: str) -> None:
+    bad = ~(error <= allowed)
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {bad.numel()} off; first at {at}: got {actual[at].item()!r}, "
+            f"truth {truth[at].item()!r}, error {error[at].item():.3g}, allowed {allowed[at].item():.3g}"
+        )
+
+
+def inputs_of(case: Case) -> list[Tensor]:
+    """The objective's inputs and bounds in float64 and the tokens' shape, defaults included."""
+    parameters = inspect.signature(getattr(fused_losses, case.objective)).parameters
+    objective = OBJECTIVES[case.objective]
+    values = [case.keywords.get(name, parameters[name].default) for name in objective.inputs + objective.bounds]
+    like = torch.zeros(case.target_tokens.shape, dtype=torch.float64, device=case.storage.device)
+    return [like + v for v in values]
+
+
+def _loss_scale(case: Case) -> Tensor:
+    """|w| (|loss| + |g| (1 + |x| + |q|)) / |denominator|, summed where the loss is: see assert_loss."""
+    inputs = inputs_of(case)
+    x = reference.logprobs(case.logits.double(), case.target_tokens, **_of_logprobs(case.keywords)).requires_grad_()
+    losses = OBJECTIVES[case.objective].formula(x, *inputs)
+    (g,) = torch.autograd.grad(losses.sum(), x)
+    spread = 1 + x.abs() + (inputs[0].abs() if inputs else 0.0)
+    weights = case.keywords.get("weights")
+    weights = torch.ones_like(x) if weights is None else weights + torch.zeros_like(x)
+    active = (weights != 0) & (case.target_tokens != case.keywords.get("ignore_index", -100))
+    scale = (weights.abs() * (losses.abs() + g.abs() * spread)).detach().where(active, 0.0)
+    if case.objective == "logprobs" or case.reduction == "none":
+        return scale
+    denominator = case.keywords.get("denominator")
+    if denominator is None:
+        denominator = weights.where(active, 0.0).sum() if case.reduction == "mean" else 1.0
+    return scale.sum() / abs(denominator) if active.any() else scale.sum()

@@ -1,0 +1,208 @@
+"""Names, signatures, outputs, and the errors: their type, the argument they name and what it got."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CLIPPED_LOSSES, LOSSES, POLICY_LOSSES, make
+
+import fused_losses
+from fused_losses import backends, reference
+from fused_losses.objectives import OBJECTIVES
+
+COMMON = [
+    "weights",
+    "reduction",
+    "denominator",
+    "temperature",
+    "ignore_index",
+    "inplace",
+    "recompute",
+    "backend",
+    "validate",
+    "return_outputs",
+]
+
+
+@pytest.mark.parametrize("objective", LOSSES)
+def test_signature(objective):
+    parameters = inspect.signature(getattr(fused_losses, objective)).parameters
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["logits", "target_tokens", *OBJECTIVES[objective].inputs]
+    assert set(COMMON) | set(OBJECTIVES[objective].bounds) <= set(parameters)
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
+    assert parameters["ignore_index"].default == -100 and parameters["backend"].default == "auto"
+    assert objective in fused_losses.__all__ and getattr(fused_losses, objective).__doc__
+    assert inspect.signature(getattr(reference, objective)) == inspect.signature(getattr(fused_losses, objective))
+
+
+def test_outputs(backend, device):
+    case = make("ppo", (2, 3), 31, device=device)
+    loss, outputs = case.public(backend)(case.logits, case.target_tokens, **case.keywords, return_outputs=True)
+    assert loss.dim() == 0 and loss.dtype == torch.float32
+    assert outputs.logprobs.shape == (2, 3) and not outputs.logprobs.requires_grad
+    losses = case.public(backend)(case.logits, case.target_tokens, **case.keywords, reduction="none")
+    assert losses.shape == (2, 3) and losses.dtype == torch.float32
+    logp = fused_losses.logprobs(case.logits, case.target_tokens, backend=backend)
+    torch.testing.assert_close(outputs.logprobs, logp)
+
+
+def z(*shape: int, dtype: torch.dtype = torch.float32, **keywords: Any) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, **keywords)
+
+
+def i(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+META = {"device": "meta"}
+NAN = float("nan")
+
+# For logits (2, 3, 5): what is wrong, the error, and a pattern that names the argument and what it got.
+Error = tuple[dict[str, Any], type[Exception], str]
+FOR_ALL: list[Error] = [
+    ({"logits": [[1.0]]}, TypeError, "logits.*list"),
+    ({"logits": z(2, 3, 5, dtype=torch.float64)}, TypeError, "logits.*float64"),
+    ({"logits": i(2, 3, 5)}, TypeError, "logits.*int64"),
+    ({"logits": torch.tensor(0.0)}, ValueError, r"logits.*\(\)"),
+    ({"logits": z(2, 3, 0)}, ValueError, r"logits.*\(2, 3, 0\)"),
+    ({"target_tokens": [0]}, TypeError, "target_tokens.*list"),
+    ({"target_tokens": z(2, 3)}, TypeError, "target_tokens.*float32"),
+    ({"target_tokens": i(2, 3, dtype=torch.int16)}, TypeError, "target_tokens.*int16"),
+    ({"target_tokens": i(2, 4)}, ValueError, r"target_tokens.*\(2, 4\)"),
+    ({"target_tokens": i(6)}, ValueError, r"target_tokens.*\(6,\)"),
+    ({"target_tokens": i(2, 3, 1)}, ValueError, r"target_tokens.*\(2, 3, 1\)"),
+    ({"target_tokens": i(2, 3).to("meta")}, ValueError, "target_tokens.*meta"),
+    ({"temperature": 0}, ValueError, "temperature.*0"),
+    ({"temperature": -1.0}, ValueError, "temperature.*-1"),
+    ({"temperature": NAN}, ValueError, "temperature.*NaN"),
+    ({"temperature": float("inf")}, ValueError, "temperature.*inf"),
+    ({"temperature": "hot"}, TypeError, "temperature.*str"),
+    ({"temperature": z(4)}, ValueError, r"temperature.*\(4,\)"),
+    ({"temperature": i(2, 3)}, TypeError, "temperature.*int64"),
+    ({"temperature": z(2, 3, **META)}, ValueError, "temperature.*meta"),
+    ({"backend": "cpp"}, ValueError, "backend.*cpp"),
+    ({"backend": None}, ValueError, "backend.*None"),
+]
+FOR_LOSSES: list[Error] = [
+    ({"reduction": "batchmean"}, ValueError, "reduction.*batchmean"),
+    ({"reduction": None}, ValueError, "reduction.*None"),
+    ({"reduction": "none", "denominator": 3.0}, ValueError, "denominator"),
+    ({"denominator": 0}, ValueError, "denominator.*0"),
+    ({"denominator": -2.0}, ValueError, "denominator.*-2"),
+    ({"denominator": NAN}, ValueError, "denominator.*NaN"),
+    ({"denominator": "all"}, TypeError, "denominator.*str"),
+    ({"denominator": z(1)}, ValueError, r"denominator.*\(1,\)"),
+    ({"denominator": torch.zeros((), **META)}, ValueError, "denominator.*meta"),
+    ({"weights": z(3, 2)}, ValueError, r"weights.*\(3, 2\)"),
+    ({"weights": z(1, 2, 3)}, ValueError, r"weights.*\(1, 2, 3\)"),
+    ({"weights": "all"}, TypeError, "weights.*str"),
+    ({"weights": NAN}, ValueError, "weights.*NaN"),
+    ({"weights": z(2, 3, dtype=torch.complex64)}, TypeError, "weights.*complex64"),
+    ({"weights": z(2, 3, **META)}, ValueError, "weights.*meta"),
+    ({"inplace": True, "recompute": True}, ValueError, "inplace.*recompute"),
+    ({"inplace": True, "reduction": "none"}, ValueError, "inplace.*none"),
+    ({"inplace": True}, ValueError, "inplace.*leaf"),
+]
+FOR_POLICY: list[Error] = [
+    ({"old_logprobs": z(4)}, ValueError, r"old_logprobs.*\(4,\)"),
+    ({"old_logprobs": i(2, 3)}, TypeError, "old_logprobs.*int64"),
+    ({"old_logprobs": None}, TypeError, "old_logprobs.*NoneType"),
+    ({"old_logprobs": z(2, 3, **META)}, ValueError, "old_logprobs.*meta"),
+    ({"advantages": z(2, 3, 5)}, ValueError, r"advantages.*\(2, 3, 5\)"),
+    ({"advantages": [1.0]}, TypeError, "advantages.*list"),
+    ({"advantages": z(2, 3, dtype=torch.bool)}, TypeError, "advantages.*bool"),
+    ({"advantages": NAN}, ValueError, "advantages.*NaN"),
+]
+FOR_CLIPPED: list[Error] = [
+    ({"clip_low_threshold": 1.3}, ValueError, "clip_low_threshold.*1.3.*1.2"),
+    ({"clip_high_threshold": 0.5}, ValueError, "clip_high_threshold.*0.8.*0.5"),
+    ({"clip_low_threshold": -0.1}, ValueError, "clip_low_threshold.*-0.1"),
+    ({"clip_high_threshold": NAN}, ValueError, "clip_high_threshold.*NaN"),
+    ({"clip_low_threshold": z(2)}, ValueError, r"clip_low_threshold.*\(2,\)"),
+    ({"clip_high_threshold": "wide"}, TypeError, "clip_high_threshold.*str"),
+]
+FOR_DRO: list[Error] = [
+    ({"beta": -1.0}, ValueError, "beta.*-1"),
+    ({"beta": NAN}, ValueError, "beta.*NaN"),
+    ({"beta": None}, TypeError, "beta.*NoneType"),
+]
+ERRORS = [
+    (objective, *error)
+    for objectives, errors in [
+        (OBJECTIVES, FOR_ALL),
+        (LOSSES, FOR_LOSSES),
+        (POLICY_LOSSES, FOR_POLICY),
+        (CLIPPED_LOSSES, FOR_CLIPPED),
+        (("dro",), FOR_DRO),
+    ]
+    for objective in objectives
+    for error in errors
+]
+
+
+@pytest.mark.parametrize("objective, wrong, error, message", ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_error(objective, wrong, error, message):
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    before = logits.detach().clone()
+    given = {name: z(2, 3) for name in OBJECTIVES[objective].inputs}
+    given = {"logits": logits, "target_tokens": i(2, 3), "backend": "eager"} | given | wrong
+    with pytest.raises(error, match=f"(?s){message}"):
+        getattr(fused_losses, objective)(**given)
+    assert torch.equal(logits.detach(), before)
+
+
+VALIDATED: list[tuple[str, dict[str, Any], str]] = [
+    ("cross_entropy", {"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature"),
+    ("cross_entropy", {"temperature": torch.tensor([1.0, NAN, 1.0])}, "temperature"),
+    ("ppo", {"clip_low_threshold": torch.tensor([0.8, -1.0, 0.8])}, "clip_low_threshold"),
+    ("ppo", {"clip_high_threshold": torch.tensor([1.2, NAN, 1.2])}, "clip_high_threshold"),
+    ("cispo", {"clip_low_threshold": torch.tensor([0.8, 1.3, 0.8])}, "clip_low_threshold"),
+    ("dro", {"beta": torch.tensor(-0.1)}, "beta"),
+]
+
+
+@pytest.mark.parametrize("objective, wrong, message", VALIDATED, ids=lambda v: v if isinstance(v, str) else "")
+def test_validate(backend, device, objective, wrong, message):
+    """What only the device knows; a call that is right passes."""
+    case = make(objective, (3,), 31, device=device)
+    loss = case.public(backend)(case.logits, case.target_tokens, **case.keywords, validate=True)
+    assert torch.isfinite(loss)
+    case = case.having(**{k: v.to(device) for k, v in wrong.items()})
+    for logits in (case.logits, case.logits.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=message):
+            case.public(backend)(logits, case.target_tokens, **case.keywords, validate=True)
+
+
+def test_a_named_backend_never_falls_back():
+    logits, target = torch.randn(2, 5), torch.tensor([0, 1])
+    for name in backends.NAMES:
+        reason = backends.unusable(name, logits.device)
+        if reason is not None:
+            with pytest.raises(RuntimeError, match=f"(?s){name}.*cpu"):
+                fused_losses.cross_entropy(logits, target, backend=name)
+            assert len(reason) > 10
+
+
+def test_auto_chooses_the_fastest_that_works():
+    for device, order in {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        device = torch.device(device)
+        first = next(name for name in order if backends.unusable(name, device) is None)
+        assert backends.choose(device) == first
+        assert backends.resolve("auto", device) is backends.resolve(first, device)
+
+
+def test_no_environment_variable_is_read():
+    """... that could change what is computed, in a file of ours: not in Python, not in C++."""
+    root = Path(fused_losses.__file__).parents[1]
+    sources = [f for folder in ("fused_losses", "csrc", "triton_kernels") for f in (root / folder).rglob("*.[pch]*")]
+    assert len(sources) > 10
+    reading = [f.name for f in sources if f.suffix not in (".pyc", ".so") and "environ" in f.read_text()]
+    reading += [f.name for f in sources if f.suffix not in (".pyc", ".so") and "getenv" in f.read_text()]
+    assert set(reading) <= {"__main__.py"}  # which reports on the installation
