@@ -43,7 +43,7 @@ class Opponent:
 def eager(problem: Problem, mode: str) -> LossOfLogits | None:
     if mode not in ("separate", "forward", "two_phase"):
         return None
-    token_loss = PLAIN.get(problem.loss, OBJECTIVES[problem.loss].formula)
+    token_loss = PLAIN.get(problem.loss, lambda *token: OBJECTIVES[problem.loss].formula(*token)[0])
     inputs = (*problem.inputs.values(), *problem.bounds.values())
     reduction = "none" if mode == "two_phase" else problem.reduction
     targets, masked = problem.targets, problem.masked

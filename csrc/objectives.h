@@ -60,7 +60,7 @@ FL_HD Loss cispo(float logp, const float* in) {
     const float ratio = expf(logp - old_logprob);
     const float clipped = ratio < low ? low : (ratio > high ? high : ratio);  // a NaN ratio stays NaN
     const float g = -clipped * advantage;
-    return {clipped == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
+    return {g == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
 }
 
 FL_HD Loss dro(float logp, const float* in) {

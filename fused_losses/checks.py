@@ -109,7 +109,8 @@ def inplace(logits: Tensor, reduction: str, recompute: bool) -> None:
     if reduction == "none" or recompute:
         cause = 'reduction="none"' if reduction == "none" else "recompute=True"
         raise ValueError(f"inplace=True makes the gradient in forward, {cause} makes it in backward: choose one")
-    if logits.is_leaf:
+    base = None if torch.compiler.is_compiling() else logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True would overwrite logits, a leaf that requires grad: pass the output of an operation"
         )

@@ -326,7 +326,8 @@ def logprobs(
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:
-        (...) float32, differentiable. Backward reads the logits again and takes any upstream gradient, more than once if asked.
+        (...) float32, differentiable. Backward reads the logits again and takes any upstream gradient, more than once
+        if asked.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.

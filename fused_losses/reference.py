@@ -55,7 +55,7 @@ def _reduced(
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def constant(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, device=logits.device).detach().to(dtype).expand(target_tokens.shape)
+        return torch.as_tensor(value, dtype=dtype, device=logits.device).detach().expand(target_tokens.shape)
 
     weight = constant(1.0 if weights is None else weights)
     active = (target_tokens != ignore_index) & (weight != 0)
@@ -64,13 +64,13 @@ def _reduced(
     target_tokens = target_tokens.masked_fill(~active, ignore_index)
     weight, *constants = (constant(c).masked_fill(~active, 0.0) for c in (weight, *inputs))
     logp = token_logprobs(logits, target_tokens, temperature, ignore_index)
-    loss = torch.where(active, weight * objective.formula(logp, *constants), 0.0)
+    loss = torch.where(active, weight * objective.formula(logp, *constants)[0], 0.0)
     if reduction == "none":
         return loss
     total = loss.sum()
     if denominator is None:
         denominator = weight.sum() if reduction == "mean" else 1.0
-    divisor = torch.as_tensor(denominator, device=total.device).to(dtype)
+    divisor = torch.as_tensor(denominator, dtype=dtype, device=total.device)
     nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
     return total / divisor.masked_fill(nothing, 1.0)
 

@@ -253,7 +253,7 @@ def _loss_scale(case: Case) -> Tensor:
     """|w| (|loss| + |g| (1 + |x| + |q|)) / |denominator|, summed where the loss is: see assert_loss."""
     inputs = inputs_of(case)
     x = reference.logprobs(case.logits.double(), case.target_tokens, **_of_logprobs(case.keywords)).requires_grad_()
-    losses = OBJECTIVES[case.objective].formula(x, *inputs)
+    losses = OBJECTIVES[case.objective].formula(x, *inputs)[0]
     (g,) = torch.autograd.grad(losses.sum(), x)
     spread = 1 + x.abs() + (inputs[0].abs() if inputs else 0.0)
     weights = case.keywords.get("weights")

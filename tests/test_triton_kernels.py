@@ -112,7 +112,7 @@ class Case:
         index = self.targets.clamp(0, self.vocab - 1)[:, None]
         logp = (logits[read] / self.temperature[read, None]).log_softmax(-1).gather(1, index[read])[:, 0]
         columns = [c[read].double() if isinstance(c, Tensor) else torch.tensor(c).double() for c in self.inputs]
-        losses = OBJECTIVES[self.objective].formula(logp, *columns) * self.weights[read]
+        losses = OBJECTIVES[self.objective].formula(logp, *columns)[0] * self.weights[read]
         total = self.weights[self.targets != IGNORE].sum() if mean else 1.0
         (gradient,) = torch.autograd.grad(losses.sum() / total, logits)
         logprobs = torch.zeros(self.n, dtype=torch.float64)
@@ -299,7 +299,7 @@ def test_objectives_at_hazards(objective: str) -> None:
     columns = [torch.tensor(b).expand(logp.shape) for b in BOUNDS.get(objective, ())]
     inputs = [old, adv][: INPUTS[objective]]
     x = logp.clone().requires_grad_()
-    losses = OBJECTIVES[objective].formula(x, *inputs, *columns)
+    losses = OBJECTIVES[objective].formula(x, *inputs, *columns)[0]
     (g,) = torch.autograd.grad(losses.sum(), x)
     stats = torch.stack((torch.zeros_like(logp), torch.ones_like(logp), logp)).to(DEVICE)
     got, _, coefficients = backend.objective(

@@ -59,7 +59,7 @@ def stats(
     read = target_tokens != ignore_index
     if not all_logprobs:
         read = read & _is_nonzero(weights, maximum)
-    return torch.stack((maximum, total, target)).where(read, z.new_tensor((0.0, 1.0, 0.0))[:, None])
+    return torch.stack((maximum.where(read, 0.0), total.where(read, 1.0), target.where(read, 0.0)))
 
 
 def objective(
@@ -81,13 +81,7 @@ def objective(
     # A row that was not read (0, 1, 0) gives 0 where its temperature is bad, too; one that was shows it in its sum.
     logp = scaled.where(distance != 0, 0.0) - total.log()
 
-    with torch.enable_grad():
-        x = logp.detach().requires_grad_()
-        losses = OBJECTIVES[objective_name].formula(x, *(_tensor(c, x) for c in inputs))
-        (g,) = torch.autograd.grad(losses.sum(), x)
-    bad = torch.isnan(logp)  # a NaN row, an all -inf row, or a target outside [0, V)
-    losses, g = losses.detach().masked_fill(bad, torch.nan), g.masked_fill(bad, torch.nan)
-
+    losses, g = OBJECTIVES[objective_name].formula(logp, *(_tensor(c, logp) for c in inputs))
     active = (target_tokens != ignore_index) & _is_nonzero(weights, logp)
     weights, denominator = _tensor(weights, logp), _tensor(denominator, logp)
     if mean:
@@ -139,4 +133,5 @@ def _is_nonzero(column: Column, like: Tensor) -> Tensor:
 
 
 def _tensor(column: Column, like: Tensor) -> Tensor:
-    return column if isinstance(column, Tensor) else like.new_tensor(column)
+    # full, not tensor: a kernel fills it, where copying it from the host would wait for the device
+    return column if isinstance(column, Tensor) else torch.full((), column, dtype=like.dtype, device=like.device)
