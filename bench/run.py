@@ -59,21 +59,34 @@ class Contender:
 # ---- what is timed ---------------------------------------------------------------------------------------------------
 
 
+class Produced(torch.autograd.Function):
+    """Logits as an operation's output, which is what may be overwritten, without an operation's time."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 def runner(loss: LossOfLogits, problem: Problem, mode: str) -> Callable[[], Result]:
     """A call of ``loss`` on the buffer in one of the modes.
 
     Gradients are taken with autograd.grad, not backward: what accumulates them in a leaf would copy some of them.
     """
     buffer, upstream = problem.buffer, problem.upstream if mode == "two_phase" else None
+    parameter = torch.zeros((), device=buffer.device, requires_grad=True)
 
     def forward() -> Result:
         with torch.no_grad():
             return loss(buffer), None
 
     def forward_backward() -> Result:
-        leaf = buffer.detach().requires_grad_()
-        value = loss(leaf.view_as(leaf) if mode == "inplace" else leaf)  # in place refuses a leaf
-        (gradient,) = torch.autograd.grad(value, leaf, upstream)
+        logits = Produced.apply(parameter, buffer) if mode == "inplace" else buffer.detach().requires_grad_()
+        value = loss(logits)
+        (gradient,) = torch.autograd.grad(value, logits, upstream)
         return value.detach(), gradient
 
     return forward if mode == "forward" else forward_backward

@@ -66,20 +66,19 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     return value if value.dim() == 1 else value.reshape(-1)
 
 
-def objective_inputs(name: str, inputs: tuple[Tensor | float, ...], logits: Tensor) -> tuple[Column, ...]:
+def objective_inputs(name: str, inputs: tuple[Tensor | float, ...], logits: Tensor) -> list[Column]:
     """The inputs of objective ``name`` as columns, its bounds checked as far as the host knows them."""
     objective = OBJECTIVES[name]
-    columns = tuple(
-        column(key, value, logits) for key, value in zip(objective.inputs + objective.bounds, inputs, strict=True)
-    )
-    bounds = columns[len(objective.inputs) :]
-    for key, bound in zip(objective.bounds, bounds, strict=True):
-        if isinstance(bound, float) and not bound >= 0:
-            raise ValueError(f"{key} must be at least 0, got {bound}")
-    if len(bounds) == 2:
-        low, high = bounds
-        if isinstance(low, float) and isinstance(high, float) and low > high:
-            raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
+    columns = [column(key, value, logits) for key, value in zip(objective.columns, inputs, strict=True)]
+    if objective.bounds:
+        bounds = columns[len(objective.inputs) :]
+        for key, bound in zip(objective.bounds, bounds, strict=True):
+            if isinstance(bound, float) and not bound >= 0:
+                raise ValueError(f"{key} must be at least 0, got {bound}")
+        if len(bounds) == 2:
+            low, high = bounds
+            if isinstance(low, float) and isinstance(high, float) and low > high:
+                raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
     return columns
 
 

@@ -367,18 +367,17 @@ def _loss(
     checks.backend(backend)
     mean = reduction == "mean" and denominator is None
     reduce = reduction != "none"
-    common = (mean, ignore_index, return_outputs, validate, backend)
+    row = (targets, objective, *ops.split(columns), mean, ignore_index, return_outputs, validate, backend)
 
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        loss, logp, _, _ = ops.forward(logits, targets, objective, *ops.split(columns), *common, reduce)
-    elif recompute or not reduce:
-        if inplace:
-            checks.inplace(logits, reduction, recompute)
-        loss, logp = TwoPhase.apply(logits, targets, objective, *common, reduce, *columns)
+        loss, logp, _, _ = ops.forward(logits, *row, reduce)
     else:
         if inplace:
             checks.inplace(logits, reduction, recompute)
-        loss, logp = OnePass.apply(logits, targets, objective, *common, inplace, *columns)
+        if recompute or not reduce:
+            loss, logp = TwoPhase.apply(logits, row, reduce)
+        else:
+            loss, logp = OnePass.apply(logits, row, inplace)
 
     if not reduce:
         loss = loss.view(target_tokens.shape)

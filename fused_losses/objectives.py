@@ -13,7 +13,7 @@ Formulas work in any float dtype. They mask inputs before ``exp``, not results a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class Objective:
     inputs: tuple[str, ...] = ()  # per-token tensors or numbers
     bounds: tuple[str, ...] = ()  # further inputs, each >= 0; a clip's low bound is at most its high bound
     is_loss: bool = True  # logprobs is an objective too, but not a loss
+    columns: tuple[str, ...] = field(init=False)  # inputs and bounds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", self.inputs + self.bounds)
 
 
 _POLICY = ("old_logprobs", "advantages")

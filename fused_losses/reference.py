@@ -89,7 +89,7 @@ def _eager(public: Callable[P, R]) -> Callable[P, R]:
             objective,
             given["logits"],
             given["target_tokens"],
-            [given[name] for name in objective.inputs + objective.bounds],
+            [given[name] for name in objective.columns],
             given["weights"],
             given["reduction"],
             given["denominator"],

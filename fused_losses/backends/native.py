@@ -163,6 +163,9 @@ class Native:
 
 
 def _rows(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    if tensor.dim() == 2:
+        n = tensor.shape[0]
+        return tensor.data_ptr(), n, n or 1, 0, tensor.stride(0)
     layout = rows(tensor)
     assert layout is not None  # ops.py has copied what can't be walked
     return (tensor.data_ptr(), *layout)

@@ -22,7 +22,7 @@ def rows(logits: Tensor) -> Rows | None:
     if strides[-1] != 1 and shape[-1] > 1:
         return None
     if len(shape) == 2:
-        return Rows(shape[0], max(shape[0], 1), 0, strides[0])
+        return Rows(shape[0], shape[0] or 1, 0, strides[0])
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first
     n = 1
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
