@@ -46,7 +46,7 @@ class OnePass(torch.autograd.Function):
             )
         if upstream is None:
             return None, None, None
-        ops.scale(gradient, upstream.to(torch.float32), ctx.backend)
+        ops.scale(gradient, upstream if upstream.dtype is torch.float32 else upstream.float(), ctx.backend)
         return gradient, None, None
 
 
