@@ -150,7 +150,7 @@ class Native:
             _rows(gradient),
             _DTYPE[logits.dtype],
             logits.shape[-1],
-            _targets(target_tokens, 0),
+            _targets(target_tokens, 0),  # ignore_index plays no part: an ignored token has coefficient 0
             _column(temperature),
             _column(coefficients),
             _column(upstream),
