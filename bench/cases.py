@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ ALL_MODES = tuple(mode for modes in GROUPS.values() for mode in modes)
 TORCH = ("eager", "torch.compile", "F.cross_entropy")
 PEERS = ("Liger CE", "Liger GRPO", "quack", "quack fused")
 
+# What a loss may hold beside its objective, by the name that the tables have for it.
+TERMS: dict[str, dict[str, Any]] = {
+    "entropy": {"entropy_coef": 0.01},
+    "KL": {"kl_coef": 0.1, "ref_logprobs": -3.0},
+    "entropy and KL": {"entropy_coef": 0.01, "kl_coef": 0.1, "ref_logprobs": -3.0},
+    "softcap": {"softcap": 30.0},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -49,6 +58,7 @@ class Case:
     sequences: bool = False
     idle: float = 0.0  # fraction of sequences with advantage 0
     graph: bool = False  # time a replayed CUDA graph as well
+    terms: tuple[str, ...] = ()  # of TERMS: our own loss with these, beside the plain one
 
     @property
     def n(self) -> int:
@@ -59,6 +69,21 @@ CPU_CASES = (
     Case("2048x32000", (2048,), 32000, ("fp32", "bf16"), ("ppo",), ALL_MODES),
     Case("512x128256", (512,), 128256, ("fp32", "bf16"), ("ppo",), GROUPS["fwd+bwd"]),
     Case("256x32000", (256,), 32000, ("fp32", "bf16"), LOSSES, ALL_MODES, ("eager", "F.cross_entropy")),
+    # No token is clipped: a clipped one has no gradient to write, unless a term gives it one.
+    *(
+        Case(
+            f"{n}x{vocab}, terms",
+            (n,),
+            vocab,
+            ("fp32", "bf16"),
+            ("ppo",),
+            ("inplace", "separate"),
+            ("eager",),
+            drift=0.01,
+            terms=tuple(TERMS),
+        )
+        for n, vocab in ((2048, 32000), (512, 128256))
+    ),
     Case("256x32000, fallback", (256,), 32000, ("fp32",), ("ppo",), opponents=("eager",), fallback=True),
 )
 
@@ -106,6 +131,9 @@ GPU_CASES = (
         idle=0.25,
     ),
     Case("10: 4096x128256", (4096,), 128256, ("fp32",), ("cross_entropy",), opponents=TORCH + PEERS),
+    Case(
+        "12: 8192x128256, terms", (8192,), 128256, losses=("ppo",), opponents=("eager",), drift=0.01, terms=tuple(TERMS)
+    ),
     *(
         Case(
             f"11: {n}x{vocab}",
@@ -121,6 +149,7 @@ GPU_CASES = (
 
 QUICK_CASES = (
     Case("quick 64x1000", (64,), 1000, ("fp32",), LOSSES, ALL_MODES, ("eager", "F.cross_entropy")),
+    Case("quick terms 64x1000", (64,), 1000, ("bf16",), ("ppo",), opponents=("eager",), drift=0.01, terms=("entropy",)),
     Case(
         "quick sequences 4x16x1000", (4, 16), 1000, ("bf16",), ("ppo",), opponents=("eager",), sequences=True, idle=0.25
     ),

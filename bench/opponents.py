@@ -24,6 +24,9 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "ppo": lambda x, q, a, low, high: -torch.min((r := torch.exp(x - q)) * a, r.clamp(low, high) * a),
     "cispo": lambda x, q, a, low, high: -torch.exp(x - q).clamp(low, high).detach() * x * a,
     "dro": lambda x, q, a, beta: -(x * a - 0.5 * beta * (x - q) ** 2),
+    "sapo": lambda x, q, a, positive, negative: (
+        -torch.sigmoid((tau := torch.where(a > 0, positive, negative)) * (torch.exp(x - q) - 1)) * 4 / tau * a
+    ),
 }
 
 
@@ -40,10 +43,15 @@ class Opponent:
         return self.requires is None or importlib.util.find_spec(self.requires) is not None
 
 
+def _guarded(loss: str) -> Callable[..., Tensor]:
+    objective = OBJECTIVES[loss]
+    return lambda x, *inputs: objective.formula(x, *(torch.as_tensor(i) for i in objective.padded(inputs)))[0]
+
+
 def eager(problem: Problem, mode: str) -> LossOfLogits | None:
     if mode not in ("separate", "forward", "two_phase"):
         return None
-    token_loss = PLAIN.get(problem.loss, lambda *token: OBJECTIVES[problem.loss].formula(*token)[0])
+    token_loss = PLAIN.get(problem.loss, _guarded(problem.loss))
     inputs = (*problem.inputs.values(), *problem.bounds.values())
     reduction = "none" if mode == "two_phase" else problem.reduction
     targets, masked = problem.targets, problem.masked

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured yet"
 NO_VALUE = "-"
 INEXACT = "†"
+TERMS = "fused, "  # how the contenders begin that are the loss with a term
 YARDSTICK = " (cross entropy instead)"  # F.cross_entropy beside another loss
 
 Record = dict[str, Any]
@@ -220,7 +221,8 @@ def cpu_modes(device: Device) -> tuple[str, list[Record]]:
 
 def cpu_losses(device: Device) -> tuple[str, list[Record]]:
     """Every loss and backend in every mode, on the smaller case."""
-    small = tuple(set(distinct(device, "case")) - set(distinct(main_cases(device), "case")))
+    others = {*distinct(main_cases(device), "case"), *distinct(with_terms(device), "case")}
+    small = tuple(set(distinct(device, "case")) - others)
     records = where(device, contender="fused", mode=tuple(MODES), case=tuple(c for (c,) in small))
     modes = [m for m in MODES if m != "reused" and where(records, mode=m)]
     rows = [
@@ -232,6 +234,36 @@ def cpu_losses(device: Device) -> tuple[str, list[Record]]:
         for loss, backend, case, dtype in distinct(records, "loss", "backend", "case", "dtype")
     ]
     return markdown(["loss", "case", *(MODES[m] for m in modes)], rows), records
+
+
+def with_terms(records: list[Record]) -> list[Record]:
+    """The cases in which the loss was measured with and without terms, such as the entropy."""
+    cases = tuple(r["case"] for r in records if r["contender"].startswith(TERMS))
+    return [r for r in where(records, case=cases) if r["contender"] == "fused" or r["contender"].startswith(TERMS)]
+
+
+def terms(device: Device) -> tuple[str, list[Record]]:
+    """What a term costs beside the plain loss, in the same run."""
+    records = with_terms(device)
+    columns = distinct(records, "case", "dtype", "mode")
+    plain = {key: where(records, contender="fused", case=key[0], dtype=key[1], mode=key[2]) for key in columns}
+
+    def beside(record: Record) -> str:
+        base = plain[record["case"], record["dtype"], record["mode"]]
+        times = f"{number(record['median_ms'])} ms"
+        return (
+            times if record["contender"] == "fused" else f"{times}, {record['median_ms'] / base[-1]['median_ms']:.2f}"
+        )
+
+    rows = [
+        [f"ppo{contender.replace('fused, ', ', ') if contender != 'fused' else ''} ({backend})"]
+        + [
+            cell(where(records, contender=contender, backend=backend, case=c, dtype=d, mode=m), beside)
+            for c, d, m in columns
+        ]
+        for contender, backend in distinct(records, "contender", "backend")
+    ]
+    return markdown(["", *(f"{c.removesuffix(', terms')} {d}, {MODES[m]}" for c, d, m in columns)], rows), records
 
 
 def memory_and_errors(device: Device) -> tuple[str, list[Record]]:
@@ -321,9 +353,11 @@ TABLES: dict[str, tuple[str, Table]] = {
     "cpu-floor": ("cpu", cpu_floor),
     "cpu-modes": ("cpu", cpu_modes),
     "cpu-losses": ("cpu", cpu_losses),
+    "cpu-terms": ("cpu", terms),
     "cpu-memory": ("cpu", memory_and_errors),
     "cpu-overhead": ("cpu", overhead),
     "gpu": ("cuda", gpu_times),
+    "gpu-terms": ("cuda", terms),
     "gpu-latency": ("cuda", gpu_latency),
     "gpu-memory": ("cuda", memory_and_errors),
     "gpu-overhead": ("cuda", overhead),

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 from accuracy import Errors, Truth
-from cases import CPU_CASES, DTYPES, GPU_CASES, GROUPS, LOSSES, QUICK_CASES, Case, Problem, make_problem
+from cases import CPU_CASES, DTYPES, GPU_CASES, GROUPS, LOSSES, QUICK_CASES, TERMS, Case, Problem, make_problem
 from conditions import conditions, file_name
 from memory import peak_bytes, touch
 from opponents import OPPONENTS, LossOfLogits, Opponent, check_plain_formulas
@@ -92,9 +92,9 @@ def runner(loss: LossOfLogits, problem: Problem, mode: str) -> Callable[[], Resu
     return forward if mode == "forward" else forward_backward
 
 
-def fused(problem: Problem, mode: str, backend: str) -> Contender:
+def fused(problem: Problem, mode: str, backend: str, terms: str | None = None) -> Contender:
     function = getattr(fused_losses, problem.loss)
-    keywords: dict[str, Any] = {**problem.inputs, "backend": backend}
+    keywords: dict[str, Any] = {**problem.inputs, "backend": backend, **(TERMS[terms] if terms else {})}
     if mode == "inplace":
         keywords["inplace"] = True
     if mode == "two_phase":
@@ -102,6 +102,8 @@ def fused(problem: Problem, mode: str, backend: str) -> Contender:
     call: Callable[[], Any] = runner(lambda logits: function(logits, problem.targets, **keywords), problem, mode)
     if mode == "reused":
         call = kernels_of(call, backend, problem.source.device)
+    if terms:
+        return Contender(f"{FUSED}, {terms}", mode, call, backend, same_loss=False)
     return Contender(FUSED, mode, call, backend)
 
 
@@ -166,6 +168,8 @@ def contenders(
     for mode in modes:
         for name in names:
             found.append(built(FUSED, mode, name, partial(fused, problem, mode, name)))
+            for terms in problem.case.terms:
+                found.append(built(f"{FUSED}, {terms}", mode, name, partial(fused, problem, mode, name, terms)))
         for name in opponents:
             if OPPONENTS[name].installed:
                 found.append(built(name, mode, None, partial(against, OPPONENTS[name], problem, mode)))

@@ -6,7 +6,7 @@
 // One file serves the CPU loops, the CUDA kernels and the host tests of device code.
 //
 // To add a loss: write its function below and add its name to FL_OBJECTIVES. The order of the inputs is that of
-// fused_losses/objectives.py.
+// fused_losses/objectives.py; inputs that a call leaves out at the end are +inf.
 #pragma once
 
 #include <math.h>
@@ -19,7 +19,7 @@
 
 namespace fused_losses {
 
-constexpr int kMaxInputs = 4;
+constexpr int kMaxInputs = 7;
 
 struct Loss {
     float value;
@@ -32,47 +32,82 @@ FL_HD bool no_advantage(float old_logprob, float advantage) { return advantage =
 
 FL_HD bool valid_clip(float low, float high) { return low >= 0.f && low <= high; }  // false for NaN, too
 
+// logp - old_logprob within [-clamp, clamp], and whether a gradient flows through it. NaN stays NaN.
+struct LogRatio {
+    float value;
+    bool flows;
+};
+
+FL_HD LogRatio log_ratio(float logp, float old_logprob, float clamp) {
+    const float raw = logp - old_logprob;
+    if (raw > clamp) return {clamp, false};
+    if (raw < -clamp) return {-clamp, false};
+    return {raw, true};
+}
+
 FL_HD Loss logprobs(float logp, const float*) { return {logp, 1.f}; }
 
 FL_HD Loss cross_entropy(float logp, const float*) { return {-logp, -1.f}; }
 
 FL_HD Loss importance_sampling(float logp, const float* in) {
-    const float old_logprob = in[0], advantage = in[1];
+    const float old_logprob = in[0], advantage = in[1], clamp = in[2];
+    if (!(clamp >= 0.f)) return {NAN, NAN};
     if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
-    const float value = -expf(logp - old_logprob) * advantage;
-    return {value, value};
+    const LogRatio log_r = log_ratio(logp, old_logprob, clamp);
+    const float value = -expf(log_r.value) * advantage;
+    return {value, log_r.flows ? value : 0.f};
 }
 
+// max(-min(r, delta) A, -clamp(r, low, high) A), at most -dual_clip A for A < 0: in effect one clamp per sign.
 FL_HD Loss ppo(float logp, const float* in) {
     const float old_logprob = in[0], advantage = in[1], low = in[2], high = in[3];
-    if (!valid_clip(low, high)) return {NAN, NAN};
+    const float clamp = in[4], dual_clip = in[5], delta = in[6];
+    if (!(valid_clip(low, high) && clamp >= 0.f && dual_clip >= 0.f && delta >= 0.f)) return {NAN, NAN};
     if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
-    const float ratio = expf(logp - old_logprob);
-    if (advantage > 0.f && ratio > high) return {-high * advantage, 0.f};
-    if (advantage < 0.f && ratio < low) return {-low * advantage, 0.f};
-    return {-ratio * advantage, -ratio * advantage};
+    const LogRatio log_r = log_ratio(logp, old_logprob, clamp);
+    const float ratio = expf(log_r.value);
+    const float ceiling = advantage > 0.f ? fminf(high, delta) : fminf(fmaxf(high, delta), dual_clip);
+    if (advantage < 0.f && ratio < low) return {-fminf(low, ceiling) * advantage, 0.f};
+    if (advantage == advantage && ratio > ceiling) return {-ceiling * advantage, 0.f};
+    const float value = -ratio * advantage;
+    return {value, log_r.flows ? value : 0.f};
 }
 
 FL_HD Loss cispo(float logp, const float* in) {
-    const float old_logprob = in[0], advantage = in[1], low = in[2], high = in[3];
-    if (!valid_clip(low, high)) return {NAN, NAN};
+    const float old_logprob = in[0], advantage = in[1], low = in[2], high = in[3], clamp = in[4];
+    if (!(valid_clip(low, high) && clamp >= 0.f)) return {NAN, NAN};
     if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
-    const float ratio = expf(logp - old_logprob);
+    const float ratio = expf(log_ratio(logp, old_logprob, clamp).value);
     const float clipped = ratio < low ? low : (ratio > high ? high : ratio);  // a NaN ratio stays NaN
     const float g = -clipped * advantage;
     return {g == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
 }
 
 FL_HD Loss dro(float logp, const float* in) {
-    const float old_logprob = in[0], advantage = in[1], beta = in[2];
-    if (!(beta >= 0.f)) return {NAN, NAN};
-    const float log_ratio = logp - old_logprob;
+    const float old_logprob = in[0], advantage = in[1], beta = in[2], clamp = in[3];
+    if (!(beta >= 0.f && clamp >= 0.f)) return {NAN, NAN};
+    const LogRatio log_r = log_ratio(logp, old_logprob, clamp);
     const float reward = advantage == 0.f ? 0.f : logp * advantage;
-    return {0.5f * beta * log_ratio * log_ratio - reward, beta * log_ratio - advantage};
+    return {0.5f * beta * log_r.value * log_r.value - reward, (log_r.flows ? beta * log_r.value : 0.f) - advantage};
+}
+
+// -(4 / tau) sigmoid(u) A, u = tau (r - 1). From u = 104 on 1 - s is 0 in float32, and 4 s (1 - s) r A would be 0 * inf
+// where r overflows.
+FL_HD Loss sapo(float logp, const float* in) {
+    const float old_logprob = in[0], advantage = in[1], clamp = in[4];
+    const float tau = advantage > 0.f ? in[2] : in[3];
+    if (!(in[2] > 0.f && in[3] > 0.f && clamp >= 0.f)) return {NAN, NAN};
+    if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
+    const LogRatio log_r = log_ratio(logp, old_logprob, clamp);
+    const float ratio = expf(log_r.value), u = tau * (ratio - 1.f);
+    if (u > 104.f) return {-4.f / tau * advantage, 0.f};
+    const float e = expf(-fabsf(u)), larger = 1.f / (1.f + e), smaller = e * larger;  // of s and 1 - s
+    const float s = u == u ? (u > 0.f ? larger : smaller) : NAN;
+    return {-4.f / tau * s * advantage, log_r.flows ? -4.f * larger * smaller * ratio * advantage : 0.f};
 }
 
 #define FL_OBJECTIVES(apply) \
-    apply(logprobs) apply(cross_entropy) apply(importance_sampling) apply(ppo) apply(cispo) apply(dro)
+    apply(logprobs) apply(cross_entropy) apply(importance_sampling) apply(ppo) apply(cispo) apply(dro) apply(sapo)
 
 enum class Objective : int {
 #define FL_ENUMERATOR(name) name,

@@ -37,14 +37,20 @@ struct Column {
 };
 
 struct Targets {
-    const void* data;  // (N,) contiguous
+    const void* data;  // (N, K) contiguous
     bool is_int64;
     int64_t ignore_index;
+    int64_t num;  // K; 1 without terms
 
-    FL_HD int64_t at(int64_t row) const {
-        return is_int64 ? static_cast<const int64_t*>(data)[row] : static_cast<const int32_t*>(data)[row];
+    FL_HD int64_t at(int64_t i) const {
+        return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
     }
-    FL_HD bool ignored(int64_t row) const { return at(row) == ignore_index; }
+    FL_HD int64_t at(int64_t row, int64_t k) const { return at(row * num + k); }
+    FL_HD bool ignored(int64_t row) const {
+        for (int64_t k = 0; k < num; ++k)
+            if (at(row, k) != ignore_index) return false;
+        return true;
+    }
 };
 
 // 1 / temperature; a temperature that is not positive makes its row NaN instead of silently reversing it.
@@ -64,22 +70,129 @@ struct Tokens {
     Targets targets;
     Objective objective;
     int num_inputs;
-    Column inputs[kMaxInputs];
+    Column inputs[kMaxInputs];  // those left out at the end are +inf
     Column weights;
 
     FL_HD bool active(int64_t row) const { return !targets.ignored(row) && weights.at(row) != 0.f; }
 
-    FL_HD RowLoss loss(int64_t row, float logp, float denominator) const {
-        if (!active(row)) return {0.f, 0.f};
+    FL_HD Loss objective_of(int64_t row, float logp) const {
         if (logp != logp) return {NAN, NAN};  // a NaN row, an all -inf row, or a target outside [0, V)
         float in[kMaxInputs];
-        for (int i = 0; i < kMaxInputs; ++i) in[i] = i < num_inputs ? inputs[i].at(row) : 0.f;
-        const Loss loss = evaluate(objective, logp, in);
+        for (int i = 0; i < kMaxInputs; ++i) in[i] = i < num_inputs ? inputs[i].at(row) : INFINITY;
+        return evaluate(objective, logp, in);
+    }
+
+    FL_HD RowLoss loss(int64_t row, float logp, float denominator) const {
+        if (!active(row)) return {0.f, 0.f};
+        const Loss loss = objective_of(row, logp);
         const float weight = weights.at(row);
         // g == 0 (a clipped token) must survive an infinite weight / denominator
         return {weight * loss.value, loss.g == 0.f ? 0.f : loss.g * (weight / denominator)};
     }
 };
+
+// ---- Terms: what a token's loss may hold beside its objective ------------------------------------------------------
+//
+// fused_losses/terms.py has the formulas. With z = softcap tanh(logits / softcap) / temperature a row shows
+// x = sum_k share_k (z_tk - lse), lse, the entropy H and zbar = mean_j z_j, and gets back the loss's derivatives by
+// them:
+//
+//     dloss/dz_j = g (share_j - U p_j) + p_j (zeta - h (z_j - sum_i p_i z_i)) + s / V,    U = sum_k share_k
+
+enum class Kl : int { none = -1, k1 = 0, k2 = 1, k3 = 2, abs = 3 };  // KL_TYPES in terms.py
+
+struct Terms {
+    float softcap;  // of the raw logits; 0: none
+    bool entropy;   // H is asked for, as an output or because it has a coefficient
+    float label_smoothing;
+    float z_loss;
+    const float* shares;  // (N, K), 0 where a target does not count; or null: K is 1 and its share 1
+    Column importance_weights;
+    Column ref_logprobs;
+    Column kl_coef;
+    Column entropy_coef;
+    Column log_ratio_clamp;  // of the ratio that weights the KL
+    Kl kl_type;
+    bool kl_weighted_by_ratio;
+
+    FL_HD float share(int64_t i) const { return shares ? shares[i] : 1.f; }  // i = row * K + k
+};
+
+struct RowSeen {
+    float logp;   // x
+    float total;  // U
+    float lse;
+    float entropy;  // 0 unless terms.entropy
+    float spread;   // lse - zbar; 0 unless labels are smoothed
+};
+
+// The derivatives by x, H, lse and zbar, each times weight / denominator. All 0: the row's gradient is 0.
+struct Coefficients {
+    float g, h, zeta, s;
+
+    FL_HD bool none() const { return g == 0.f && h == 0.f && zeta == 0.f && s == 0.f; }
+};
+
+struct TermsLoss {
+    float value;
+    Coefficients by;
+};
+
+// 0 times what is not finite is 0: a coefficient of 0 takes its term out.
+FL_HD float times(float a, float b) { return a == 0.f || b == 0.f ? 0.f : a * b; }
+
+// a derivative of 0 must survive an infinite weight / denominator
+FL_HD float scaled(float derivative, float factor) { return derivative == 0.f ? 0.f : derivative * factor; }
+
+FL_HD Loss kl(Kl type, float logp, float ref_logprob) {
+    const float difference = logp - ref_logprob;
+    if (type == Kl::k1) return {difference, 1.f};
+    if (type == Kl::k2) return {0.5f * difference * difference, difference};
+    if (type == Kl::abs) return {fabsf(difference), difference > 0.f ? 1.f : difference < 0.f ? -1.f : difference};
+    const float inverse = expf(-difference);  // logp -inf: KL is inf, not inf - inf
+    return {inverse + (difference == -INFINITY ? 0.f : difference) - 1.f, 1.f - inverse};
+}
+
+FL_HD TermsLoss terms_loss(const Tokens& tokens, const Terms& terms, int64_t row, const RowSeen& seen,
+                           float denominator) {
+    if (!tokens.active(row)) return {0.f, {0.f, 0.f, 0.f, 0.f}};
+    if (seen.logp != seen.logp) return {NAN, {NAN, NAN, NAN, NAN}};
+    Loss loss = tokens.objective_of(row, seen.logp);
+    const float importance = terms.importance_weights.at(row);
+    loss = {times(importance, loss.value), times(importance, loss.g)};
+    if (terms.kl_type != Kl::none) {
+        Loss penalty = kl(terms.kl_type, seen.logp, terms.ref_logprobs.at(row));
+        if (terms.kl_weighted_by_ratio) {
+            const LogRatio log_r = log_ratio(seen.logp, tokens.inputs[0].at(row), terms.log_ratio_clamp.at(row));
+            const float ratio = expf(log_r.value);
+            penalty = {times(ratio, penalty.value), times(ratio, penalty.g)};
+            if (log_r.flows) penalty.g += penalty.value;
+        }
+        const float coefficient = terms.kl_coef.at(row);
+        loss.value += times(coefficient, penalty.value);
+        loss.g += times(coefficient, penalty.g);
+    }
+    Coefficients by = {loss.g, 0.f, 0.f, 0.f};
+    if (terms.entropy) {
+        const float coefficient = terms.entropy_coef.at(row);
+        loss.value -= times(coefficient, seen.entropy);
+        by.h = -coefficient;
+    }
+    if (terms.label_smoothing != 0.f) {
+        const float e = terms.label_smoothing;
+        loss.value = times(1.f - e, loss.value) + e * seen.total * seen.spread;
+        by.g *= 1.f - e;
+        by.zeta += e * seen.total;
+        by.s -= e * seen.total;
+    }
+    if (terms.z_loss != 0.f) {
+        loss.value += terms.z_loss * seen.total * seen.lse * seen.lse;
+        by.zeta += 2.f * terms.z_loss * seen.total * seen.lse;
+    }
+    const float weight = tokens.weights.at(row), factor = weight / denominator;
+    return {weight * loss.value,
+            {scaled(by.g, factor), scaled(by.h, factor), scaled(by.zeta, factor), scaled(by.s, factor)}};
+}
 
 // The reduced loss. No active token means 0 whatever the denominator; a denominator of 0 elsewhere shows as inf.
 FL_HD float reduced_loss(double total, float denominator) {
@@ -97,7 +210,7 @@ struct LossAndGradParams {
     Column denominator;  // read at row 0; unused when mean
     bool mean;           // the denominator is the sum of the active tokens' weights
     bool all_logprobs;   // read tokens of weight 0 too, for their logprob
-    float* logprobs;     // (N,); 0 where the token's logits were not read
+    float* logprobs;     // (N,), with terms (K + 1, N): of each target, then H; 0 where the logits were not read
     float* row_losses;   // (N + 1,) scratch: weight * loss per token, then the denominator in use
     float* loss;         // (1,)
 };
@@ -113,20 +226,22 @@ struct StatsParams {
     Column temperature;
     bool all_logprobs;
     float* stats;  // (3, N): max, sum, target logit (NaN if the target is outside [0, V));
-                   // 0, 1, 0 where the token's logits were not read
+                   // 0, 1, 0 where the token's logits were not read.
+                   // With terms (K + 4, N): K target logits, then sum_j e^(z_j - z_max) (z_j - z_max), 0 unless
+                   // terms.entropy, and mean_j z_j - z_max, 0 unless labels are smoothed
 };
 
 // Stage 2: losses, logprobs and gradient coefficients from stats; sees N only.
 struct ObjectiveParams {
-    const float* stats;  // (3, N)
+    const float* stats;  // as above
     int64_t n;
     Tokens tokens;
     Column temperature;
     Column denominator;
     bool mean;
-    float* logprobs;      // (N,)
+    float* logprobs;      // (N,), with terms (K + 1, N)
     float* row_losses;    // (N + 1,): weight * loss per token, then the denominator in use
-    float* coefficients;  // (N,)
+    float* coefficients;  // (N,), with terms (4, N): by logp, H, lse, zbar
     float* loss;          // (1,), or null: no reduction and denominator 1
 };
 
@@ -139,9 +254,9 @@ struct GradParams {
     int64_t vocab;
     Targets targets;
     Column temperature;
-    Column coefficients;
+    Column coefficients;  // with terms (4, N), contiguous
     Column upstream;
-    const float* stats;  // (3, N)
+    const float* stats;  // as above
 };
 
 // grad *= scale, without touching memory when scale is 1.

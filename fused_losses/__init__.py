@@ -2,8 +2,14 @@
 
 import os as _os
 
-from . import reference
-from .losses import Outputs, cispo, cross_entropy, dro, importance_sampling, logprobs, ppo
+from . import aggregation, reference
+from .compute import ComputeResult, compute, loss_fn
+from .importance_weights import masked_importance_weights, truncated_importance_weights
+from .losses import cispo, cross_entropy, dro, importance_sampling, logprobs, ppo
+from .objectives import Objective
+from .outputs import Outputs
+from .policy import gmpo, gspo, policy_loss, sapo
+from .sequences import segment_expand, segment_mean, segment_sum
 from .version import __version__
 
 # In a checkout triton_kernels/ lies beside this package, not in it as setup.py installs it.
@@ -12,13 +18,27 @@ if not _os.path.isdir(_os.path.join(__path__[0], "triton_kernels")):
 
 
 __all__ = [
+    "ComputeResult",
+    "Objective",
     "Outputs",
     "__version__",
+    "aggregation",
     "cispo",
+    "compute",
     "cross_entropy",
     "dro",
+    "gmpo",
+    "gspo",
     "importance_sampling",
     "logprobs",
+    "loss_fn",
+    "masked_importance_weights",
+    "policy_loss",
     "ppo",
     "reference",
+    "sapo",
+    "segment_expand",
+    "segment_mean",
+    "segment_sum",
+    "truncated_importance_weights",
 ]

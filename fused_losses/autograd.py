@@ -56,10 +56,7 @@ class TwoPhase(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, row: tuple[Any, ...], reduce: bool) -> tuple[Tensor, Tensor]:
         loss, logprobs, coefficients, stats = ops.forward(logits, *row, reduce)
-        target_tokens, _, tensors, values = row[:4]
-        ctx.save_for_backward(logits, target_tokens, stats, coefficients, tensors[1])
-        ctx.temperature_value = values[1]
-        ctx.backend = row[-1]
+        _keep(ctx, logits, row, stats, coefficients)
         ctx.mark_non_differentiable(logprobs)
         ctx.set_materialize_grads(False)
         return loss, logprobs
@@ -69,9 +66,52 @@ class TwoPhase(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         if upstream is None:
             return None, None, None
-        logits, target_tokens, stats, coefficients, temperature = ctx.saved_tensors
-        upstream = upstream.to(torch.float32).expand(target_tokens.shape)
-        gradient = ops.grad(
-            logits, target_tokens, stats, coefficients, upstream, temperature, ctx.temperature_value, ctx.backend
-        )
-        return gradient, None, None
+        n = ctx.saved_tensors[1].shape[0]
+        return _gradient(ctx, ctx.saved_tensors[3], upstream.to(torch.float32).expand(n)), None, None
+
+
+class LogprobsAndEntropy(torch.autograd.Function):
+    """apply(logits, row arguments of the operator) -> (logprobs, entropy), two phase, either with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, row: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        _, outputs, coefficients, stats = ops.forward(logits, *row, False)
+        _keep(ctx, logits, row, stats, coefficients)
+        ctx.set_materialize_grads(False)
+        logprobs, entropy = outputs.unbind()
+        return logprobs.clone(), entropy.clone()  # not views of one tensor: either may be modified
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        coefficients = ctx.saved_tensors[3]
+        by_logprob, by_entropy = (torch.zeros_like(coefficients[0]) if u is None else u.float() for u in upstream)
+        zero = torch.zeros_like(coefficients[0])
+        given = torch.stack((by_logprob, by_entropy, zero, zero))
+        # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
+        given = torch.where(coefficients[0] == 0, 0.0, given * coefficients[0])
+        return _gradient(ctx, given, torch.ones_like(zero)), None
+
+
+def _keep(ctx: Any, logits: Tensor, row: tuple[Any, ...], stats: Tensor, coefficients: Tensor) -> None:
+    target_tokens, _, tensors, values, flags = row[:5]
+    ctx.save_for_backward(logits, target_tokens, stats, coefficients, tensors[1], tensors[-1] if flags else None)
+    ctx.temperature_value = values[1]
+    ctx.softcap = values[-2] if flags else 0.0
+    ctx.backend = row[-1]
+
+
+def _gradient(ctx: Any, coefficients: Tensor, upstream: Tensor) -> Tensor:
+    logits, target_tokens, stats, _, temperature, shares = ctx.saved_tensors
+    return ops.grad(
+        logits,
+        target_tokens,
+        stats,
+        coefficients,
+        upstream,
+        temperature,
+        ctx.temperature_value,
+        shares,
+        ctx.softcap,
+        ctx.backend,
+    )

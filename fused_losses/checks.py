@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,15 @@ Column = Tensor | float
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_POSITIVE = ("temperature", "denominator")
 
 
-def logits_and_targets(logits: Tensor, target_tokens: Tensor) -> Tensor:
-    """Check both; the targets as (N,)."""
+def several_targets(logits: Tensor, target_tokens: Tensor) -> bool:
+    """Whether the targets are (..., K): as many dimensions as the logits."""
+    return isinstance(logits, Tensor) and isinstance(target_tokens, Tensor) and 0 < target_tokens.dim() == logits.dim()
+
+
+def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = False) -> Tensor:
+    """Check both; the targets as (N,), or (N, K) for ``several``."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -34,13 +39,16 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor) -> Tensor:
         raise TypeError(f"target_tokens must be a tensor, got {type(target_tokens).__name__}")
     if target_tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_tokens must be int64 or int32, got {target_tokens.dtype}")
-    if target_tokens.shape != logits.shape[:-1]:
+    shape = target_tokens.shape[:-1] if several else target_tokens.shape
+    if shape != logits.shape[:-1] or (several and target_tokens.shape[-1] == 0):
         raise ValueError(
-            f"target_tokens must have the shape of logits without its last dimension, {tuple(logits.shape[:-1])}, "
-            f"got {tuple(target_tokens.shape)}"
+            f"target_tokens must have the shape of logits without its last dimension, {tuple(logits.shape[:-1])}"
+            f"{', and K > 0 targets per token after it' if several else ''}, got {tuple(target_tokens.shape)}"
         )
-    _same_device("target_tokens", target_tokens, logits)
-    if target_tokens.dim() != 1:
+    _same_device("target_tokens", target_tokens, logits.device)
+    if several:
+        target_tokens = target_tokens.reshape(-1, target_tokens.shape[-1])
+    elif target_tokens.dim() != 1:
         target_tokens = target_tokens.reshape(-1)
     return target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
 
@@ -48,11 +56,11 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor) -> Tensor:
 def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0."""
     if not isinstance(value, Tensor):
-        return _number(name, value)
-    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name == "weights" else _COLUMN_DTYPES
+        return number(name, value)
+    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in _MASKS else _COLUMN_DTYPES
     if value.dtype not in allowed:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
-    _same_device(name, value, logits)
+    _same_device(name, value, logits.device)
     shape = logits.shape[:-1]
     if value.dtype is not torch.float32 or value.requires_grad:
         value = value.detach().to(torch.float32)
@@ -66,20 +74,32 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     return value if value.dim() == 1 else value.reshape(-1)
 
 
-def objective_inputs(name: str, inputs: tuple[Tensor | float, ...], logits: Tensor) -> list[Column]:
-    """The inputs of objective ``name`` as columns, its bounds checked as far as the host knows them."""
+def objective_inputs(name: str, given: Mapping[str, Any], logits: Tensor) -> list[Column]:
+    """The inputs of objective ``name`` as columns, its bounds checked as far as the host knows them.
+
+    Limits that are None are infinite; those at the end are left out.
+    """
     objective = OBJECTIVES[name]
-    columns = [column(key, value, logits) for key, value in zip(objective.columns, inputs, strict=True)]
-    if objective.bounds:
-        bounds = columns[len(objective.inputs) :]
-        for key, bound in zip(objective.bounds, bounds, strict=True):
-            if isinstance(bound, float) and not bound >= 0:
-                raise ValueError(f"{key} must be at least 0, got {bound}")
-        if len(bounds) == 2:
-            low, high = bounds
-            if isinstance(low, float) and isinstance(high, float) and low > high:
-                raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
-    return columns
+    columns = [column(key, given[key], logits) for key in objective.inputs]
+    for key in objective.bounds:
+        columns.append(column(key, given[key], logits))
+        if isinstance(columns[-1], float) and columns[-1] < 0:
+            raise ValueError(f"{key} must be at least 0, got {columns[-1]}")
+    limits: list[Column] = []
+    missing = 0
+    for key in objective.limits:
+        value = given[key]
+        missing = missing + 1 if value is None else 0
+        limits.append(math.inf if value is None else column(key, value, logits))
+    if len(objective.bounds) == 2 and objective.bounds[0] == "clip_low_threshold":
+        clip(*columns[-2:])
+    return columns + limits[: len(limits) - missing]
+
+
+def clip(low: Column | None, high: Column | None) -> None:
+    """As far as the host knows the bounds."""
+    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+        raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
 
 
 def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) -> Column:
@@ -91,10 +111,10 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
     if reduction == "none":
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):
-        return _number("denominator", value)
+        return number("denominator", value)
     if value.dim() != 0:
         raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    _same_device("denominator", value, logits)
+    _same_device("denominator", value, logits.device)
     return value.detach().to(torch.float32)
 
 
@@ -129,38 +149,71 @@ def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> No
         return
     bad = ((target_tokens < 0) | (target_tokens >= vocab)) & (target_tokens != ignore_index)
     if bad.any():
-        at = int(bad.int().argmax())
+        at, k = int(bad.int().argmax()), target_tokens.numel() // target_tokens.shape[0]
+        got = int(target_tokens.view(-1)[at])
         raise ValueError(
-            f"target_tokens must be in [0, {vocab}) or ignore_index {ignore_index}, got {int(target_tokens[at])} "
-            f"at token {at} of {target_tokens.numel()}"
+            f"target_tokens must be in [0, {vocab}) or ignore_index {ignore_index}, got {got} "
+            f"at token {at // k} of {target_tokens.shape[0]}"
         )
 
 
-def bounds_in_range(name: str, inputs: Sequence[Column], temperature: Column) -> None:
-    """The bounds that only the device knows, for ``validate=True``. Synchronises."""
-    if isinstance(temperature, Tensor) and not (temperature > 0).all():
-        raise ValueError("temperature must be greater than 0 at every token")
-    objective = OBJECTIVES[name]
-    bounds = [torch.as_tensor(c) for c in inputs[len(objective.inputs) :]]
-    for key, bound in zip(objective.bounds, bounds, strict=True):
-        if not (bound >= 0).all():
-            raise ValueError(f"{key} must be at least 0 at every token")
-    if len(bounds) == 2 and not (bounds[0] <= bounds[1]).all():
+def values_in_range(columns: Mapping[str, Column | None]) -> None:
+    """The bounds that only the device knows, by name, for ``validate=True``. Synchronises."""
+    for key, given in columns.items():
+        if given is None or key not in _LEAST:
+            continue
+        least, reached = _LEAST[key]
+        value = torch.as_tensor(given)
+        if not (value >= least if reached else value > least).all():
+            raise ValueError(f"{key} must be {_at_least(key)} at every token")
+    low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
+    if low is not None and high is not None and not (torch.as_tensor(low) <= torch.as_tensor(high)).all():
         raise ValueError("clip_low_threshold must not exceed clip_high_threshold at any token")
 
 
-def _number(name: str, value: float) -> float:
+# name: (bound, whether the bound itself is allowed)
+_LEAST = {
+    "temperature": (0.0, False),
+    "denominator": (0.0, False),
+    "softcap": (0.0, False),
+    "logit_scale": (0.0, False),
+    "tau_positive": (0.0, False),
+    "tau_negative": (0.0, False),
+    "clip_low_threshold": (0.0, True),
+    "clip_high_threshold": (0.0, True),
+    "beta": (0.0, True),
+    "log_ratio_clamp": (0.0, True),
+    "dual_clip": (1.0, True),
+    "delta": (0.0, True),
+    "label_smoothing": (0.0, True),
+    "z_loss": (0.0, True),
+}
+_FINITE = ("temperature", "denominator", "softcap", "logit_scale", "z_loss")
+_MASKS = ("weights", "importance_weights")
+
+
+def _at_least(name: str) -> str:
+    least, reached = _LEAST[name]
+    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in _FINITE else ''}"
+
+
+def number(name: str, value: float) -> float:
+    """A number as a float, within the bounds that its name has."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None
     if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
         raise ValueError(f"{name} must not be NaN")
-    if name in _POSITIVE and not 0 < number < math.inf:
-        raise ValueError(f"{name} must be greater than 0 and finite, got {number}")
+    if name in _LEAST:
+        least, reached = _LEAST[name]
+        if number < least or (number == least and not reached) or (name in _FINITE and number == math.inf):
+            raise ValueError(f"{name} must be {_at_least(name)}, got {number}")
+        if name == "label_smoothing" and number > 1:
+            raise ValueError(f"label_smoothing must be at most 1, got {number}")
     return number
 
 
-def _same_device(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {tensor.device}")
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of logits, {device}, got {tensor.device}")

@@ -12,8 +12,10 @@ Formulas work in any float dtype. They mask inputs before ``exp``, not results a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,38 +31,93 @@ def cross_entropy(logp: Tensor) -> Loss:
     return _checked(-logp, -torch.ones_like(logp), logp)
 
 
-def importance_sampling(logp: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Loss:
+def importance_sampling(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, log_ratio_clamp: Tensor) -> Loss:
     idle = _no_advantage(old_logprobs, advantages)
-    ratio = torch.exp((logp - old_logprobs).masked_fill(idle, 0.0))
+    clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
+    ratio = torch.exp(clamped.masked_fill(idle, 0.0))
     loss = -torch.where(idle, 0.0, ratio * advantages)
-    return _checked(loss, loss, logp)
+    return _checked(loss, loss.where(flows, 0.0), logp, log_ratio_clamp >= 0)
 
 
-def ppo(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, low: Tensor, high: Tensor) -> Loss:
+def ppo(
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    low: Tensor,
+    high: Tensor,
+    log_ratio_clamp: Tensor,
+    dual_clip: Tensor,
+    delta: Tensor,
+) -> Loss:
+    """max(-min(r, delta) A, -clamp(r, low, high) A), at most -dual_clip A for A < 0: in effect one clamp per sign."""
     idle = _no_advantage(old_logprobs, advantages)
-    log_ratio = logp - old_logprobs
-    ratio = torch.exp(log_ratio.detach())
-    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    bound = torch.where(advantages > 0, high, low)
-    ratio = torch.exp(log_ratio.masked_fill(clipped | idle, 0.0))
+    positive, negative = advantages > 0, advantages < 0
+    ceiling = torch.where(positive, torch.minimum(high, delta), torch.minimum(torch.maximum(high, delta), dual_clip))
+    clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
+    ratio = torch.exp(clamped.detach())
+    below = negative & (ratio < low)
+    clipped = below | ((positive | negative) & (ratio > ceiling))
+    bound = torch.where(below, torch.minimum(low, ceiling), ceiling)
+    ratio = torch.exp(clamped.masked_fill(clipped | idle, 0.0))
     loss = -torch.where(idle, 0.0, torch.where(clipped, bound, ratio) * advantages)
-    return _checked(loss, loss.masked_fill(clipped, 0.0), logp, _valid_clip(low, high))
+    valid = _valid_clip(low, high) & (log_ratio_clamp >= 0) & (dual_clip >= 0) & (delta >= 0)
+    return _checked(loss, loss.where(flows & ~clipped, 0.0), logp, valid)
 
 
-def cispo(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, low: Tensor, high: Tensor) -> Loss:
+def cispo(
+    logp: Tensor, old_logprobs: Tensor, advantages: Tensor, low: Tensor, high: Tensor, log_ratio_clamp: Tensor
+) -> Loss:
     idle = _no_advantage(old_logprobs, advantages)
-    ratio = torch.exp(logp.detach() - old_logprobs)
-    clamped = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
-    g = -torch.where(idle, 0.0, clamped * advantages)
+    clamped, _ = log_ratio(logp.detach(), old_logprobs, log_ratio_clamp)
+    ratio = torch.exp(clamped)
+    weight = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
+    g = -torch.where(idle, 0.0, weight * advantages)
     idle = g == 0  # ratio 0 comes with logp -inf
-    return _checked(torch.where(idle, 0.0, g * logp.masked_fill(idle, 0.0)), g, logp, _valid_clip(low, high))
+    loss = torch.where(idle, 0.0, g * logp.masked_fill(idle, 0.0))
+    return _checked(loss, g, logp, _valid_clip(low, high) & (log_ratio_clamp >= 0))
 
 
-def dro(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: Tensor) -> Loss:
+def dro(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: Tensor, log_ratio_clamp: Tensor) -> Loss:
     idle = advantages == 0
-    log_ratio = logp - old_logprobs
+    clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     reward = torch.where(idle, 0.0, logp.masked_fill(idle, 0.0) * advantages)
-    return _checked(0.5 * beta * log_ratio**2 - reward, beta * log_ratio - advantages, logp, beta >= 0)
+    g = (beta * clamped).where(flows, 0.0) - advantages
+    return _checked(0.5 * beta * clamped**2 - reward, g, logp, (beta >= 0) & (log_ratio_clamp >= 0))
+
+
+def sapo(
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    tau_positive: Tensor,
+    tau_negative: Tensor,
+    log_ratio_clamp: Tensor,
+) -> Loss:
+    """-(4 / tau) sigmoid(tau (r - 1)) A; d/dlogp = -4 s (1 - s) r A, which goes to 0 where r overflows."""
+    idle = _no_advantage(old_logprobs, advantages)
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
+    saturated = idle | (tau * (torch.exp(clamped.detach()) - 1) > _SAPO_SATURATED)
+    ratio = torch.exp(clamped.masked_fill(saturated, 0.0))
+    u = tau * (ratio - 1)
+    smaller = torch.sigmoid(
+        torch.where(u > 0, -u, u)
+    )  # of s and 1 - s, whose derivative autograd can tell where the other rounds to 1
+    gate = torch.where(u > 0, 1 - smaller, smaller).masked_fill(saturated, 1.0)
+    loss = -torch.where(idle, 0.0, 4 / tau * gate * advantages)
+    slope = 4 * smaller * (1 - smaller) * ratio
+    g = -torch.where(saturated, 0.0, slope * advantages).where(flows & ~idle, 0.0)
+    return _checked(loss, g, logp, (tau_positive > 0) & (tau_negative > 0) & (log_ratio_clamp >= 0))
+
+
+_SAPO_SATURATED = 104.0  # from there on 1 - sigmoid(u) is 0 in float32, and times a ratio that overflows NaN
+
+
+def log_ratio(logp: Tensor, old_logprobs: Tensor, clamp: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp - old_logprobs clamped to [-clamp, clamp], whether a gradient flows through it). NaN stays NaN."""
+    raw = logp - old_logprobs
+    above, below = raw > clamp, raw < -clamp
+    return torch.where(above, clamp, torch.where(below, -clamp, raw)), ~(above | below)
 
 
 def _no_advantage(old_logprobs: Tensor, advantages: Tensor) -> Tensor:
@@ -87,24 +144,32 @@ class Objective:
     formula: Callable[..., Loss]
     inputs: tuple[str, ...] = ()  # per-token tensors or numbers
     bounds: tuple[str, ...] = ()  # further inputs, each >= 0; a clip's low bound is at most its high bound
+    limits: tuple[str, ...] = ()  # optional upper bounds: infinite where left out
     is_loss: bool = True  # logprobs is an objective too, but not a loss
-    columns: tuple[str, ...] = field(init=False)  # inputs and bounds
+    triton: Any = None  # the same formula as a Triton function, for an objective that is not ours
+    columns: tuple[str, ...] = field(init=False)  # inputs, bounds and limits
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", self.inputs + self.bounds)
+        object.__setattr__(self, "columns", self.inputs + self.bounds + self.limits)
+
+    def padded(self, inputs: Sequence[Tensor | float]) -> list[Tensor | float]:
+        """``inputs`` with the limits that were left out at the end."""
+        return [*inputs, *[math.inf] * (len(self.columns) - len(inputs))]
 
 
 _POLICY = ("old_logprobs", "advantages")
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
+_CLAMP = ("log_ratio_clamp",)
 
 OBJECTIVES: dict[str, Objective] = {
     o.name: o
     for o in (
         Objective("logprobs", logprobs, is_loss=False),
         Objective("cross_entropy", cross_entropy),
-        Objective("importance_sampling", importance_sampling, _POLICY),
-        Objective("ppo", ppo, _POLICY, _CLIP),
-        Objective("cispo", cispo, _POLICY, _CLIP),
-        Objective("dro", dro, _POLICY, ("beta",)),
+        Objective("importance_sampling", importance_sampling, _POLICY, limits=_CLAMP),
+        Objective("ppo", ppo, _POLICY, _CLIP, limits=(*_CLAMP, "dual_clip", "delta")),
+        Objective("cispo", cispo, _POLICY, _CLIP, limits=_CLAMP),
+        Objective("dro", dro, _POLICY, ("beta",), limits=_CLAMP),
+        Objective("sapo", sapo, _POLICY, ("tau_positive", "tau_negative"), limits=_CLAMP),
     )
 }

@@ -1,7 +1,8 @@
 """The stages as ``torch.library`` operators, so that torch.compile and CUDA graphs see opaque, well-described nodes.
 
 Columns cross the dispatcher as two lists: a tensor or None, and the number that stands in for None. Their order is
-weights, temperature, denominator, then the objective's inputs. The backend is resolved inside the operator.
+weights, temperature, denominator, the objective's inputs, then the columns of the terms, which have flags, too. The
+backend is resolved inside the operator.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 from . import checks
 from .backends import resolve
 from .backends.rows import rows
+from .objectives import OBJECTIVES
+from .terms import unpack
 
 Column = Tensor | float
 
 _library = torch.library.Library("fused_losses", "DEF")
 _ROW_ARGUMENTS = (
-    "Tensor target_tokens, str objective, Tensor?[] columns, float[] values, bool mean, int ignore_index, "
+    "Tensor target_tokens, str objective, Tensor?[] columns, float[] values, int[] flags, bool mean, int ignore_index, "
     "bool all_logprobs, bool validate, str backend"
 )
 
@@ -33,13 +36,14 @@ def _loss_and_grad_into(
     objective: str,
     columns: list[Tensor | None],
     values: list[float],
+    flags: list[int],
     mean: bool,
     ignore_index: int,
     all_logprobs: bool,
     validate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    weights, temperature, denominator, *inputs = _merge(columns, values)
+    (weights, temperature, denominator, *inputs), terms = unpack(_merge(columns, values), flags)
     module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
     return module.loss_and_grad(
         logits,
@@ -52,6 +56,7 @@ def _loss_and_grad_into(
         mean,
         ignore_index,
         all_logprobs,
+        terms,
         gradient,
     )
 
@@ -71,6 +76,7 @@ def _forward(
     objective: str,
     columns: list[Tensor | None],
     values: list[float],
+    flags: list[int],
     mean: bool,
     ignore_index: int,
     all_logprobs: bool,
@@ -78,11 +84,21 @@ def _forward(
     backend: str,
     reduce: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, temperature, denominator, *inputs = _merge(columns, values)
+    (weights, temperature, denominator, *inputs), terms = unpack(_merge(columns, values), flags)
     module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
-    stats = module.stats(_walkable(logits), target_tokens, weights, temperature, ignore_index, all_logprobs)
+    stats = module.stats(_walkable(logits), target_tokens, weights, temperature, ignore_index, all_logprobs, terms)
     loss, logprobs, coefficients = module.objective(
-        stats, target_tokens, objective, tuple(inputs), weights, temperature, denominator, mean, ignore_index, reduce
+        stats,
+        target_tokens,
+        objective,
+        tuple(inputs),
+        weights,
+        temperature,
+        denominator,
+        mean,
+        ignore_index,
+        reduce,
+        terms,
     )
     return loss, logprobs, coefficients, stats
 
@@ -95,6 +111,8 @@ def _grad(
     upstream: Tensor,
     temperature: Tensor | None,
     temperature_value: float,
+    shares: Tensor | None,
+    softcap: float,
     backend: str,
 ) -> Tensor:
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -105,6 +123,8 @@ def _grad(
         coefficients,
         upstream,
         temperature_value if temperature is None else temperature,
+        shares,
+        softcap,
         gradient,
     )
     return gradient
@@ -114,22 +134,29 @@ def _scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
     resolve(backend, gradient.device).scale(gradient, upstream)
 
 
-def _fake_loss_and_grad(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    return *_fake_loss_and_grad_inplace(logits, target_tokens), logits.new_empty(logits.shape)
+def _fake_loss_and_grad(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_loss_and_grad_inplace(logits, *args), logits.new_empty(logits.shape)
 
 
 def _fake_loss_and_grad_inplace(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=torch.float32), logits.new_empty(target_tokens.shape, dtype=torch.float32)
+    return logits.new_empty((), dtype=torch.float32), _fake_logprobs(logits, target_tokens, args[3])
+
+
+def _fake_logprobs(logits: Tensor, target_tokens: Tensor, flags: list[int]) -> Tensor:
+    n = target_tokens.shape[0]
+    shape = (target_tokens.shape[1] + 1 if target_tokens.dim() == 2 else 2, n) if flags else (n,)
+    return logits.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_forward(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reduce = args[-1]
+    flags, reduce = args[3], args[-1]
     n = target_tokens.shape[0]
+    logprobs = _fake_logprobs(logits, target_tokens, flags)
     return (
         logits.new_empty(() if reduce else (n,), dtype=torch.float32),
-        logits.new_empty((n,), dtype=torch.float32),
-        logits.new_empty((n,), dtype=torch.float32),
-        logits.new_empty((3, n), dtype=torch.float32),
+        logprobs,
+        logits.new_empty((4, n) if flags else (n,), dtype=torch.float32),
+        logits.new_empty((logprobs.shape[0] + 3 if flags else 3, n), dtype=torch.float32),
     )
 
 
@@ -171,7 +198,7 @@ forward = _define(
 )
 grad = _define(
     "grad(Tensor logits, Tensor target_tokens, Tensor stats, Tensor coefficients, Tensor upstream, "
-    "Tensor? temperature, float temperature_value, str backend) -> Tensor",
+    "Tensor? temperature, float temperature_value, Tensor? shares, float softcap, str backend) -> Tensor",
     _grad,
     lambda logits, *args: logits.new_empty(logits.shape),
 )
@@ -182,7 +209,7 @@ scale = _define(
 )
 
 
-def split(columns: tuple[Column, ...]) -> tuple[list[Tensor | None], list[float]]:
+def split(columns: tuple[Column | None, ...]) -> tuple[list[Tensor | None], list[float]]:
     """Columns as the two lists that cross the dispatcher."""
     tensors: list[Tensor | None] = []
     values = []
@@ -215,7 +242,8 @@ def _ready(
     if validate or logits.device.type == "cpu":
         checks.targets_in_range(target_tokens, logits.shape[-1], ignore_index)
     if validate:
-        checks.bounds_in_range(objective, inputs, temperature)
+        names = OBJECTIVES[objective].columns
+        checks.values_in_range({"temperature": temperature, **dict(zip(names, inputs, strict=False))})
     return module
 
 

@@ -8,6 +8,7 @@ change nothing here; they are accepted so that one name can stand for the other.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -15,64 +16,105 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from . import losses
-from .losses import Outputs
+from . import losses, policy
 from .objectives import OBJECTIVES, Objective
+from .outputs import Call, Outputs
+from .policy import reduced
+from .terms import KL_TYPES, NO_KL, Seen, Terms, row_loss
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def token_logprobs(
-    logits: Tensor, target_tokens: Tensor, temperature: Tensor | float = 1.0, ignore_index: int = -100
-) -> Tensor:
-    """log_softmax(logits / temperature)[target]: 0 where ignored, NaN where the target is outside [0, V)."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
-    ignored = target_tokens == ignore_index
-    outside = ((target_tokens < 0) | (target_tokens >= logits.shape[-1])) & ~ignored
-    # An ignored row may hold NaN, and NaN * 0 in the backward of log_softmax is NaN: it must not get that far.
-    z = logits.masked_fill(ignored.unsqueeze(-1), 0.0) / temperature
-    target = target_tokens.masked_fill(ignored | outside, 0).long().unsqueeze(-1)
-    logp = torch.log_softmax(z, -1).gather(-1, target).squeeze(-1).masked_fill(ignored, 0.0)
-    return logp * torch.where(outside, torch.nan, 1.0).to(logp.dtype)
-
-
-def _reduced(
-    objective: Objective,
+def token_stats(
     logits: Tensor,
     target_tokens: Tensor,
-    inputs: list[Tensor | float],
-    weights: Tensor | float | None,
-    reduction: str,
-    denominator: Tensor | float | None,
-    temperature: Tensor | float,
-    ignore_index: int,
-) -> Tensor:
-    """The reduced loss."""
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Seen:
+    """What a token sees of its row: see terms.py. With (..., K) targets logp is (..., K), else everything is (...).
+
+    An ignored token has logp, entropy, lse and spread 0; NaN where a target is outside [0, V).
+    """
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    several = target_tokens.dim() == logits.dim()
+    targets = target_tokens if several else target_tokens.unsqueeze(-1)
+    ignored = targets == ignore_index
+    outside = ((targets < 0) | (targets >= logits.shape[-1])) & ~ignored
+    nothing = ignored.all(-1)
+    # An ignored row may hold NaN, and NaN * 0 in the backward of log_softmax is NaN: it must not get that far.
+    z = logits.masked_fill(nothing.unsqueeze(-1), 0.0) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
+    z = z / temperature
+    log_p = torch.log_softmax(z, -1)
+    logp = log_p.gather(-1, targets.masked_fill(ignored | outside, 0).long()).masked_fill(ignored, 0.0)
+    logp = logp * torch.where(outside, torch.nan, 1.0).to(logp.dtype)
+    entropy = -(torch.exp(log_p) * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    lse = torch.logsumexp(z, -1)
+    entropy, lse, spread = (t.masked_fill(nothing, 0.0) for t in (entropy, lse, -log_p.mean(-1)))
+    return Seen(logp if several else logp.squeeze(-1), lse, entropy, spread, 1.0)
+
+
+def _transforms(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in ("temperature", "softcap", "logit_scale", "ignore_index")}
+
+
+def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight * loss per token, the items' weights, whether each token is active)"""
+    logits, target_tokens, ignore_index = given["logits"], given["target_tokens"], given["ignore_index"]
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
-    def constant(value: Tensor | float) -> Tensor:
+    def constant(value: Tensor | float | None, default: float = 0.0) -> Tensor:
+        value = default if value is None else value
         return torch.as_tensor(value, dtype=dtype, device=logits.device).detach().expand(target_tokens.shape)
 
-    weight = constant(1.0 if weights is None else weights)
+    weight = constant(given["weights"], 1.0)
     active = (target_tokens != ignore_index) & (weight != 0)
     # Whatever an inactive token holds is replaced before the formula sees it: masked after it, 0 * NaN would be left in
     # the gradient.
-    target_tokens = target_tokens.masked_fill(~active, ignore_index)
-    weight, *constants = (constant(c).masked_fill(~active, 0.0) for c in (weight, *inputs))
-    logp = token_logprobs(logits, target_tokens, temperature, ignore_index)
-    loss = torch.where(active, weight * objective.formula(logp, *constants)[0], 0.0)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    if denominator is None:
-        denominator = weight.sum() if reduction == "mean" else 1.0
-    divisor = torch.as_tensor(denominator, dtype=dtype, device=total.device)
-    nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
-    return total / divisor.masked_fill(nothing, 1.0)
+    transforms = _transforms(given)
+    if isinstance(transforms["temperature"], Tensor) and target_tokens.dim() < logits.dim():
+        transforms["temperature"] = constant(transforms["temperature"]).masked_fill(~active, 1.0)
+    weight = weight.masked_fill(~active, 0.0)
+    seen = token_stats(logits, target_tokens.masked_fill(~active, ignore_index), **transforms)
+    if target_tokens.dim() == logits.dim():
+        shares, some = weight, active.any(-1)
+        logp = (shares * seen.logp).where(active, 0.0).sum(-1)
+        seen = seen._replace(logp=logp, total=shares.sum(-1))
+        terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
+        return row_loss(objective.formula, seen, (), terms).value.where(some, 0.0), weight, some
+
+    def column(value: Tensor | float | None, default: float = 0.0) -> Tensor:
+        return constant(value, default).masked_fill(~active, 0.0)
+
+    limits = [column(given[name], math.inf).masked_fill(~active, math.inf) for name in objective.limits]
+    inputs = [*(column(given[name]) for name in objective.inputs + objective.bounds), *limits]
+    if objective.name == "cross_entropy":
+        terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
+    else:
+        penalised = isinstance(given["kl_coef"], Tensor) or given["kl_coef"] != 0
+        terms = Terms(
+            column(given["importance_weights"], 1.0),
+            column(given["ref_logprobs"]),
+            column(given["kl_coef"]),
+            column(given["entropy_coef"]),
+            limits[0],
+            kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
+            kl_weighted_by_ratio=given["kl_weighted_by_ratio"],
+            entropy=_has_entropy(given),
+        )
+    value = row_loss(objective.formula, seen, inputs, terms).value
+    return torch.where(active, weight * value, 0.0), weight, active
+
+
+def _has_entropy(given: dict[str, Any]) -> bool:
+    return isinstance(given.get("entropy_coef", 0.0), Tensor) or given.get("entropy_coef", 0.0) != 0
 
 
 def _eager(public: Callable[P, R]) -> Callable[P, R]:
@@ -85,22 +127,13 @@ def _eager(public: Callable[P, R]) -> Callable[P, R]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        loss = _reduced(
-            objective,
-            given["logits"],
-            given["target_tokens"],
-            [given[name] for name in objective.columns],
-            given["weights"],
-            given["reduction"],
-            given["denominator"],
-            given["temperature"],
-            given["ignore_index"],
-        )
+        losses, weights, _ = _losses(objective, given)
+        loss = reduced(losses, weights, given["reduction"], given["denominator"])
         if not given["return_outputs"]:
             return loss
         with torch.no_grad():
-            logp = token_logprobs(*(given[k] for k in ("logits", "target_tokens", "temperature", "ignore_index")))
-        return loss, Outputs(logprobs=logp)
+            seen = token_stats(given["logits"], given["target_tokens"], **_transforms(given))
+        return loss, Outputs(seen.logp, seen.entropy if _has_entropy(given) else None, Call.of(given))
 
     return reference
 
@@ -110,6 +143,30 @@ importance_sampling = _eager(losses.importance_sampling)
 ppo = _eager(losses.ppo)
 cispo = _eager(losses.cispo)
 dro = _eager(losses.dro)
+_token_sapo = _eager(policy.sapo)
+
+
+def _composed(public: Callable[P, R], objective: policy.TorchObjective) -> Callable[P, R]:
+    """The same for a loss that is composed of torch operations on the logprobs: with the logprobs below."""
+    signature = inspect.signature(public)
+
+    @wraps(public)
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return policy.composed(bound.arguments, objective, logprobs)
+
+    return reference
+
+
+gspo = _composed(policy.gspo, policy.gspo_objective)
+gmpo = _composed(policy.gmpo, policy.gmpo_objective)
+_sequence_sapo = _composed(policy.sapo, policy.sequence_sapo_objective)
+
+
+@wraps(policy.sapo)
+def sapo(*args: Any, ratio_level: str = "token", **kwargs: Any) -> Any:
+    return (_token_sapo if ratio_level == "token" else _sequence_sapo)(*args, **kwargs)
 
 
 @wraps(losses.logprobs)
@@ -117,8 +174,12 @@ def logprobs(
     logits: Tensor,
     target_tokens: Tensor,
     *,
+    return_entropy: bool = False,
     temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
-) -> Tensor:
-    return token_logprobs(logits, target_tokens, temperature, ignore_index)
+) -> Tensor | tuple[Tensor, Tensor]:
+    seen = token_stats(logits, target_tokens, temperature, softcap, logit_scale, ignore_index)
+    return (seen.logp, seen.entropy) if return_entropy else seen.logp

@@ -10,6 +10,7 @@ same formula in eager torch at the dtype of the logits, plus a few roundings of 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 import fused_losses
 from fused_losses import reference
 from fused_losses.objectives import OBJECTIVES
+from fused_losses.terms import KL_TYPES, Seen, Terms, kl, row_loss, times
 
 LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.is_loss)
 POLICY_LOSSES = tuple(name for name in LOSSES if "advantages" in OBJECTIVES[name].inputs)
@@ -111,7 +113,8 @@ def make(
         rows[1:2].scatter_(1, flat_target[1:2, None], 12.0)
     if ignored and n >= 3:
         flat_target[2] = keywords.get("ignore_index", -100)
-    x = reference.logprobs(logits.double(), target, **_of_logprobs(keywords))
+    x = reference.logprobs(logits.double(), target, **_transforms(keywords))
+    keywords = {k: v(x.cpu()) if callable(v) else v for k, v in keywords.items()}
     inputs = {name: INPUTS.get(name, INPUTS["beta"])(x.cpu()) for name in OBJECTIVES[objective].inputs}
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in (inputs | keywords).items()}
     return Case(objective, storage.to(device), target.to(device), moved, view)
@@ -123,8 +126,9 @@ def per_token_bounds(case: Case) -> dict[str, Tensor]:
     return {name: INPUTS.get(name, INPUTS["beta"])(x).to(case.storage.device) for name in names}
 
 
-def _of_logprobs(keywords: dict[str, Any]) -> dict[str, Any]:
-    return {k: keywords[k] for k in ("temperature", "ignore_index") if k in keywords}
+def _transforms(keywords: dict[str, Any]) -> dict[str, Any]:
+    names = ("temperature", "softcap", "logit_scale", "ignore_index")
+    return {k: keywords[k] for k in names if k in keywords}
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,9 @@ def check(case: Case, backend: str, upstream: Tensor | float = 1.0, **keywords: 
     logp = truth.loss if truth.logprobs is None else truth.logprobs
     if actual.logprobs is not None and eager.logprobs is not None:
         assert actual.logprobs.dtype == torch.float32 and actual.logprobs.shape == case.target_tokens.shape
-        assert_loss(actual.logprobs, eager.logprobs, logp, 1 + logp.abs())
-    gradients = (case.view(numbers.gradient) for numbers in (actual, eager, truth))
-    assert_gradient(*gradients, case.target_tokens, logp)
+        assert_loss(actual.logprobs, eager.logprobs, logp, 1 + logp.abs() + _cap(case))
+    gradients = [case.view(numbers.gradient) for numbers in (actual, eager, truth)]
+    assert_gradient(*gradients, case.target_tokens, logp, magnitude(case, gradients[-1]), _cap(case))
     return actual
 
 
@@ -182,29 +186,38 @@ def assert_loss(actual: Tensor, eager: Tensor, truth: Tensor, scale: Tensor | fl
     _assert_within(error, LOSS_FACTOR * yardstick + 4 * EPS * scale, actual, truth, "loss or logprob")
 
 
-def assert_gradient(actual: Tensor, eager: Tensor, truth: Tensor, target_tokens: Tensor, logp: Tensor) -> None:
-    """Element by element, as a norm over a row hides all but its largest; the target's element on its own.
+def assert_gradient(
+    actual: Tensor, eager: Tensor, truth: Tensor, target_tokens: Tensor, logp: Tensor, size: Tensor, cap: float
+) -> None:
+    """Element by element, as a norm over a row hides all but its largest; the targets' elements on their own.
+
+    size: what an element is a sum of, each part taken positive; cap: what a softcap's tanh is multiplied by.
 
     The allowance is GRADIENT_FACTOR times the larger of eager's error, at its worst in the row relative to the element,
     and one rounding to the dtype; plus a few roundings of float32.
     """
     dtype, vocab = actual.dtype, truth.shape[-1]
     assert dtype == eager.dtype
-    actual, eager, truth = (t.reshape(-1, vocab) for t in (actual, eager, truth))
+    actual, eager, truth, size = (t.reshape(-1, vocab) for t in (actual, eager, truth, size))
     error, yardstick = _errors(actual, eager, truth)
-    target = target_tokens.reshape(-1, 1).clamp(0, vocab - 1).long()
-    logp = logp.reshape(-1, 1)
+    targets = target_tokens.reshape(truth.shape[0], -1 if truth.shape[0] else 1).long()
+    # those that are ignored or out of range have no element: theirs goes to a column of its own
+    targets = targets.where((targets >= 0) & (targets < vocab), vocab)
+    actual, eager, truth, size, error, yardstick = (
+        torch.nn.functional.pad(t, (0, 1)) for t in (actual, eager, truth, size, error, yardstick)
+    )
+    logp = logp.reshape(targets.shape)
+    worst = logp.abs().amax(-1, keepdim=True) if logp.numel() else logp
 
-    size = truth.abs()
-    relative = (yardstick / size).nan_to_num(0.0, 0.0, 0.0).scatter(1, target, 0.0).amax(-1, keepdim=True)
+    relative = (yardstick / size).nan_to_num(0.0, 0.0, 0.0).scatter(1, targets, 0.0).amax(-1, keepdim=True)
     # p_j = exp(z_j - lse): a rounding of the exponent is a relative error of p_j
-    exponent = (size / size.amax(-1, keepdim=True)).log().abs().nan_to_num(0.0, 0.0, 0.0) + logp.abs() + 2
+    exponent = (size / size.amax(-1, keepdim=True)).log().abs().nan_to_num(0.0, 0.0, 0.0) + worst + cap + 2
     roundings = 4 * EPS * exponent * size
     allowed = GRADIENT_FACTOR * torch.maximum(relative * size, half_ulp(size, dtype)) + roundings
 
-    coefficient = (size.gather(1, target) / -torch.expm1(logp)).nan_to_num(0.0, 0.0, 0.0)  # of 1 - p_t
-    own = torch.maximum(yardstick, half_ulp(size, dtype)).gather(1, target)
-    allowed = allowed.scatter(1, target, GRADIENT_FACTOR * own + 4 * EPS * coefficient * (2 + logp.abs()))
+    coefficient = (size.gather(1, targets) / -torch.expm1(logp)).nan_to_num(0.0, 0.0, 0.0)  # of 1 - p_t
+    own = torch.maximum(yardstick, half_ulp(size, dtype)).gather(1, targets)
+    allowed = allowed.scatter(1, targets, GRADIENT_FACTOR * own + 4 * EPS * coefficient * (2 + cap + logp.abs()))
     _assert_within(error, allowed, actual, truth, "gradient")
 
 
@@ -241,28 +254,147 @@ def _assert_within(error: Tensor, allowed: Tensor, actual: Tensor, truth: Tensor
 
 
 def inputs_of(case: Case) -> list[Tensor]:
-    """The objective's inputs and bounds in float64 and the tokens' shape, defaults included."""
+    """The objective's columns in float64 and the tokens' shape, defaults included."""
     parameters = inspect.signature(getattr(fused_losses, case.objective)).parameters
-    objective = OBJECTIVES[case.objective]
-    values = [case.keywords.get(name, parameters[name].default) for name in objective.inputs + objective.bounds]
-    like = torch.zeros(case.target_tokens.shape, dtype=torch.float64, device=case.storage.device)
-    return [like + v for v in values]
+    values = [case.keywords.get(name, parameters[name].default) for name in OBJECTIVES[case.objective].columns]
+    like = torch.zeros(case.logits.shape[:-1], dtype=torch.float64, device=case.storage.device)
+    return [like + (math.inf if v is None else v) for v in values]
+
+
+def row_terms(case: Case) -> tuple[Seen, list[Tensor], Terms]:
+    """What the tokens of a case see, in float64, and what :func:`terms.row_loss` makes a loss of."""
+    given = case.keywords
+    zero = torch.zeros(case.logits.shape[:-1], dtype=torch.float64, device=case.storage.device)
+    seen = reference.token_stats(case.logits.double(), case.target_tokens, **_transforms(given))
+    if case.target_tokens.dim() > zero.dim():
+        weights = given.get("weights")
+        shares = torch.ones_like(seen.logp) if weights is None else weights + 0 * seen.logp.nan_to_num(0, 0, 0)
+        shares = shares.where(case.target_tokens != given.get("ignore_index", -100), 0.0)
+        seen = seen._replace(logp=(shares * seen.logp).where(shares != 0, 0.0).sum(-1), total=shares.sum(-1))
+    penalised = given.get("ref_logprobs") is not None
+    limit = given.get("log_ratio_clamp")
+    columns = (given.get(n, d) for n, d in (("importance_weights", 1.0), ("ref_logprobs", 0.0), ("kl_coef", 0.0)))
+    terms = Terms(
+        *(zero + (0.0 if v is None else v) for v in columns),
+        zero + given.get("entropy_coef", 0.0),
+        zero + (math.inf if limit is None else limit),
+        given.get("label_smoothing", 0.0),
+        given.get("z_loss", 0.0),
+        kl_type=KL_TYPES.index(given.get("kl_type", "k3")) if penalised else -1,
+        kl_weighted_by_ratio=given.get("kl_weighted_by_ratio", False),
+        entropy="entropy_coef" in given,
+    )
+    return seen, inputs_of(case), terms
 
 
 def _loss_scale(case: Case) -> Tensor:
-    """|w| (|loss| + |g| (1 + |x| + |q|)) / |denominator|, summed where the loss is: see assert_loss."""
-    inputs = inputs_of(case)
-    x = reference.logprobs(case.logits.double(), case.target_tokens, **_of_logprobs(case.keywords)).requires_grad_()
+    """|w| times what one rounding of each number in a token's loss amounts to, over EPS; summed where the loss is."""
+    seen, inputs, terms = row_terms(case)
+    x = seen.logp.detach().requires_grad_()
+    if case.objective == "logprobs":
+        return (1 + x.abs()).detach()
+    given, vocab = case.keywords, case.logits.shape[-1]
+    spread = 1 + x.abs() + _cap(case)
+    old = inputs[0].abs() if inputs else torch.zeros_like(x)
     losses = OBJECTIVES[case.objective].formula(x, *inputs)[0]
     (g,) = torch.autograd.grad(losses.sum(), x)
-    spread = 1 + x.abs() + (inputs[0].abs() if inputs else 0.0)
-    weights = case.keywords.get("weights")
-    weights = torch.ones_like(x) if weights is None else weights + torch.zeros_like(x)
-    active = (weights != 0) & (case.target_tokens != case.keywords.get("ignore_index", -100))
-    scale = (weights.abs() * (losses.abs() + g.abs() * spread)).detach().where(active, 0.0)
-    if case.objective == "logprobs" or case.reduction == "none":
+    scale = times(terms.importance_weights.abs(), losses.abs() + g.abs() * (spread + old))
+    if terms.kl_type >= 0:
+        value, slope = kl(x, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+        size = 1 + value.abs() + (1 + slope.abs()) * (spread + terms.ref_logprobs.abs())
+        if terms.kl_weighted_by_ratio:
+            size = size * torch.exp(x - inputs[0]) * (spread + old)
+        scale = scale + times(terms.kl_coef.abs(), size)
+    log_v = math.log(vocab) + 1
+    scale = scale + times(terms.entropy_coef.abs(), 2 * (seen.entropy + log_v) + spread)
+    total = torch.as_tensor(seen.total).abs() + 0 * x
+    if terms.label_smoothing:
+        scale = scale + terms.label_smoothing * total * (2 * seen.spread.abs() + log_v + spread)
+    scale = scale + terms.z_loss * total * 4 * (1 + seen.lse.abs()) ** 2
+    if case.target_tokens.dim() > x.dim():
+        logp = reference.logprobs(case.logits.double(), case.target_tokens, **_transforms(given))
+        weights = torch.as_tensor(given.get("weights", 1.0), device=logp.device) + 0 * logp
+        items = weights.where(case.target_tokens != given.get("ignore_index", -100), 0.0)
+        scale = scale + (items.abs() * (1 + logp.abs())).where(items != 0, 0.0).sum(-1)
+        weights = torch.ones_like(x)
+        active, divisor = (items != 0).any(-1), items.sum()
+    else:
+        weights = given.get("weights")
+        weights = torch.ones_like(x) if weights is None else weights + torch.zeros_like(x)
+        active = (weights != 0) & (case.target_tokens != given.get("ignore_index", -100))
+        divisor = weights.where(active, 0.0).sum()
+    scale = (weights.abs() * scale).detach().where(active, 0.0)
+    if case.reduction == "none":
         return scale
-    denominator = case.keywords.get("denominator")
+    denominator = given.get("denominator")
     if denominator is None:
-        denominator = weights.where(active, 0.0).sum() if case.reduction == "mean" else 1.0
+        denominator = divisor if case.reduction == "mean" else 1.0
     return scale.sum() / abs(denominator) if active.any() else scale.sum()
+
+
+def _cap(case: Case) -> float:
+    """|z| that a rounding of a softcap's tanh is relative to."""
+    temperature = torch.as_tensor(case.keywords.get("temperature", 1.0)).min()
+    return (case.keywords.get("softcap") or 0.0) / float(temperature)
+
+
+def magnitude(case: Case, truth: Tensor) -> Tensor:
+    """What the elements of a gradient are sums of, each part taken positive: what their rounding is relative to."""
+    seen, inputs, terms = row_terms(case)
+    formula = OBJECTIVES[case.objective].formula
+    _, g, h, zeta, s = (t[..., None] for t in row_loss(formula, seen, inputs, terms))
+    # g is itself a sum, of the objective's and of the KL's
+    parts = row_loss(formula, seen, inputs, terms._replace(kl_type=-1)).g.abs()
+    if terms.kl_type >= 0:
+        value, slope = kl(seen.logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+        penalty = 1 + slope.abs()
+        if terms.kl_weighted_by_ratio:
+            penalty = (penalty + value.abs()) * torch.exp(seen.logp - inputs[0])
+        parts = parts + times(terms.kl_coef.abs(), penalty)
+    parts = parts[..., None]
+    z = transformed(case)
+    p = torch.softmax(z, -1)
+    mean = (p * z.masked_fill(p == 0, 0.0)).sum(-1, keepdim=True)
+    share = torch.zeros_like(p)
+    targets = case.target_tokens if case.target_tokens.dim() == z.dim() else case.target_tokens[..., None]
+    weights = torch.ones_like(targets, dtype=p.dtype)
+    if case.target_tokens.dim() == z.dim():
+        weights = (torch.as_tensor(case.keywords.get("weights", 1.0), device=p.device) + 0 * weights).double()
+    weights = weights.where(targets != case.keywords.get("ignore_index", -100), 0.0)
+    inside = targets.clamp(0, z.shape[-1] - 1).long()
+    share.scatter_add_(-1, inside, weights)
+    total = weights.sum(-1, keepdim=True)
+    size_of_share = torch.zeros_like(p).scatter_add_(-1, inside, weights.abs())
+    drift = (z - mean).abs().nan_to_num(0.0, 0.0, 0.0)
+    offset = s / z.shape[-1]
+    size = (
+        parts * (size_of_share + weights.abs().sum(-1, keepdim=True) * p)
+        + p * (zeta.abs() + h.abs() * (drift + 2))
+        + offset.abs()
+    )
+    signed = g * (share - total * p) + p * (zeta - h * (z.masked_fill(p == 0, 0.0) - mean)) + offset
+    slope = slope_of(case).expand_as(p)
+    size, signed = (t.nan_to_num(0.0, 0.0, 0.0) * slope for t in (size, signed))
+    # the weights and the upstream gradient: one factor per row, told from its largest element
+    at = signed.abs().argmax(-1, keepdim=True)
+    factor = (truth.abs().gather(-1, at) / signed.abs().gather(-1, at)).nan_to_num(0.0, 0.0, 0.0)
+    return torch.maximum(size * factor, truth.abs())
+
+
+def transformed(case: Case) -> Tensor:
+    """z in float64."""
+    given = case.keywords
+    z = case.logits.double() * given.get("logit_scale", 1.0)
+    if given.get("softcap"):
+        z = given["softcap"] * torch.tanh(z / given["softcap"])
+    temperature = torch.as_tensor(given.get("temperature", 1.0), device=z.device)
+    return z / (temperature.expand(z.shape[:-1])[..., None] if temperature.dim() else temperature)
+
+
+def slope_of(case: Case) -> Tensor:
+    """dz/dlogits over its factor per row"""
+    cap = case.keywords.get("softcap")
+    if not cap:
+        return torch.ones((), dtype=torch.float64, device=case.storage.device)
+    z = case.logits.double() * case.keywords.get("logit_scale", 1.0)
+    return 1 - torch.tanh(z / cap) ** 2

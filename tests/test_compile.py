@@ -21,7 +21,7 @@ def _rows(objective: str, device: torch.device, backend: str, tensors: bool) -> 
     columns: list[Tensor | float] = [0.5, 1.5, 2.0] + [0.9] * len(names)
     if tensors:
         columns = [torch.full((3,) if i != 2 else (), c, device=device) for i, c in enumerate(columns)]
-    return (TARGET.to(device), objective, *ops.split(tuple(columns)), False, -100, True, False, backend)
+    return (TARGET.to(device), objective, *ops.split(tuple(columns)), [], False, -100, True, False, backend)
 
 
 def _op_arguments(name: str, device: torch.device, backend: str, tensors: bool) -> tuple[Any, ...]:
@@ -35,7 +35,7 @@ def _op_arguments(name: str, device: torch.device, backend: str, tensors: bool) 
     assert name == "grad"
     _, _, coefficients, stats = ops.forward(logits, *rows, True)
     temperature = torch.full((3,), 1.5, device=device) if tensors else None
-    return logits, rows[0], stats, coefficients, torch.ones(3, device=device), temperature, 1.5, backend
+    return logits, rows[0], stats, coefficients, torch.ones(3, device=device), temperature, 1.5, None, 0.0, backend
 
 
 OPERATORS = sorted(name for name, op in vars(torch.ops.fused_losses).items() if hasattr(op, "default"))

@@ -55,7 +55,7 @@ def on_a_kink(case: Case) -> bool:
     o = OBJECTIVES[case.objective]
     if "old_logprobs" not in o.inputs:
         return False
-    inputs = dict(zip(o.inputs + o.bounds, inputs_of(case), strict=True))
+    inputs = dict(zip(o.columns, inputs_of(case), strict=True))
     x = run(case.reference, case, torch.float64).logprobs
     log_ratio = x - inputs["old_logprobs"]
     kinks = [inputs[name].log() for name in o.bounds if name.startswith("clip")]
@@ -104,6 +104,7 @@ def test_any(name, examples):
         assert torch.equal(bad, ~torch.isfinite(got.gradient).all(-1)), (got.gradient, want.gradient)
         expected = want.gradient[~bad]
         size = expected.abs().sum(-1, keepdim=True)
-        assert_close(got.gradient[~bad], expected, 32 * EPS * spread[~bad, None] * size)
+        tiny = torch.finfo(torch.float32).smallest_normal  # below it, a backend may flush to 0
+        assert_close(got.gradient[~bad], expected, 32 * EPS * spread[~bad, None] * size + tiny)
 
     check()

@@ -19,6 +19,8 @@ COMMON = [
     "reduction",
     "denominator",
     "temperature",
+    "softcap",
+    "logit_scale",
     "ignore_index",
     "inplace",
     "recompute",
@@ -27,13 +29,24 @@ COMMON = [
     "return_outputs",
 ]
 
+POLICY = [
+    "log_ratio_clamp",
+    "importance_weights",
+    "entropy_coef",
+    "ref_logprobs",
+    "kl_coef",
+    "kl_type",
+    "kl_weighted_by_ratio",
+]
+
 
 @pytest.mark.parametrize("objective", LOSSES)
 def test_signature(objective):
     parameters = inspect.signature(getattr(fused_losses, objective)).parameters
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["logits", "target_tokens", *OBJECTIVES[objective].inputs]
-    assert set(COMMON) | set(OBJECTIVES[objective].bounds) <= set(parameters)
+    assert set(COMMON) | set(OBJECTIVES[objective].columns) <= set(parameters)
+    assert objective == "cross_entropy" or set(POLICY) <= set(parameters)
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     assert parameters["ignore_index"].default == -100 and parameters["backend"].default == "auto"
     assert objective in fused_losses.__all__ and getattr(fused_losses, objective).__doc__
@@ -75,7 +88,7 @@ FOR_ALL: list[Error] = [
     ({"target_tokens": i(2, 3, dtype=torch.int16)}, TypeError, "target_tokens.*int16"),
     ({"target_tokens": i(2, 4)}, ValueError, r"target_tokens.*\(2, 4\)"),
     ({"target_tokens": i(6)}, ValueError, r"target_tokens.*\(6,\)"),
-    ({"target_tokens": i(2, 3, 1)}, ValueError, r"target_tokens.*\(2, 3, 1\)"),
+    ({"target_tokens": i(2, 3, 1, 1)}, ValueError, r"target_tokens.*\(2, 3, 1, 1\)"),
     ({"target_tokens": i(2, 3).to("meta")}, ValueError, "target_tokens.*meta"),
     ({"temperature": 0}, ValueError, "temperature.*0"),
     ({"temperature": -1.0}, ValueError, "temperature.*-1"),
@@ -85,6 +98,14 @@ FOR_ALL: list[Error] = [
     ({"temperature": z(4)}, ValueError, r"temperature.*\(4,\)"),
     ({"temperature": i(2, 3)}, TypeError, "temperature.*int64"),
     ({"temperature": z(2, 3, **META)}, ValueError, "temperature.*meta"),
+    ({"softcap": 0}, ValueError, "softcap.*0"),
+    ({"softcap": -30.0}, ValueError, "softcap.*-30"),
+    ({"softcap": NAN}, ValueError, "softcap.*NaN"),
+    ({"softcap": float("inf")}, ValueError, "softcap.*inf"),
+    ({"softcap": "high"}, TypeError, "softcap.*str"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale.*0"),
+    ({"logit_scale": -1}, ValueError, "logit_scale.*-1"),
+    ({"logit_scale": None}, TypeError, "logit_scale.*NoneType"),
     ({"backend": "cpp"}, ValueError, "backend.*cpp"),
     ({"backend": None}, ValueError, "backend.*None"),
 ]
@@ -117,6 +138,46 @@ FOR_POLICY: list[Error] = [
     ({"advantages": [1.0]}, TypeError, "advantages.*list"),
     ({"advantages": z(2, 3, dtype=torch.bool)}, TypeError, "advantages.*bool"),
     ({"advantages": NAN}, ValueError, "advantages.*NaN"),
+    ({"log_ratio_clamp": -1.0}, ValueError, "log_ratio_clamp.*-1"),
+    ({"log_ratio_clamp": NAN}, ValueError, "log_ratio_clamp.*NaN"),
+    ({"log_ratio_clamp": z(4)}, ValueError, r"log_ratio_clamp.*\(4,\)"),
+    ({"importance_weights": z(4)}, ValueError, r"importance_weights.*\(4,\)"),
+    ({"importance_weights": NAN}, ValueError, "importance_weights.*NaN"),
+    ({"importance_weights": "all"}, TypeError, "importance_weights.*str"),
+    ({"entropy_coef": NAN}, ValueError, "entropy_coef.*NaN"),
+    ({"entropy_coef": z(4)}, ValueError, r"entropy_coef.*\(4,\)"),
+    ({"entropy_coef": None}, TypeError, "entropy_coef.*NoneType"),
+    ({"kl_coef": 0.1}, ValueError, "kl_coef.*ref_logprobs.*None"),
+    ({"kl_coef": NAN, "ref_logprobs": -1.0}, ValueError, "kl_coef.*NaN"),
+    ({"kl_coef": z(2, 4), "ref_logprobs": -1.0}, ValueError, r"kl_coef.*\(2, 4\)"),
+    ({"kl_coef": 0.1, "ref_logprobs": z(4)}, ValueError, r"ref_logprobs.*\(4,\)"),
+    ({"kl_coef": 0.1, "ref_logprobs": NAN}, ValueError, "ref_logprobs.*NaN"),
+    ({"kl_type": "k4"}, ValueError, "kl_type.*k3.*k4"),
+    ({"kl_type": None}, ValueError, "kl_type.*None"),
+]
+FOR_CROSS_ENTROPY: list[Error] = [
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*-0.1"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
+    ({"label_smoothing": NAN}, ValueError, "label_smoothing.*NaN"),
+    ({"label_smoothing": "much"}, TypeError, "label_smoothing.*str"),
+    ({"z_loss": -1e-4}, ValueError, "z_loss.*-0.0001"),
+    ({"z_loss": float("inf")}, ValueError, "z_loss.*inf"),
+    ({"z_loss": None}, TypeError, "z_loss.*NoneType"),
+    ({"target_tokens": i(2, 4, 1)}, ValueError, r"target_tokens.*K > 0.*\(2, 4, 1\)"),
+    ({"target_tokens": i(2, 3, 0)}, ValueError, r"target_tokens.*K > 0.*\(2, 3, 0\)"),
+    ({"target_tokens": i(2, 3, 4), "weights": z(2, 3)}, ValueError, r"weights.*\(2, 3, 4\).*\(2, 3\)"),
+]
+FOR_PPO: list[Error] = [
+    ({"dual_clip": 0.5}, ValueError, "dual_clip.*1.*0.5"),
+    ({"dual_clip": NAN}, ValueError, "dual_clip.*NaN"),
+    ({"delta": -1.0}, ValueError, "delta.*-1"),
+    ({"delta": z(4)}, ValueError, r"delta.*\(4,\)"),
+]
+FOR_SAPO: list[Error] = [
+    ({"tau_positive": 0.0}, ValueError, "tau_positive.*0"),
+    ({"tau_negative": -1.0}, ValueError, "tau_negative.*-1"),
+    ({"ratio_level": "batch"}, ValueError, "ratio_level.*batch"),
+    ({"sequence_ratio_mask": z(2, 3)}, ValueError, "sequence_ratio_mask.*ratio_level"),
 ]
 FOR_CLIPPED: list[Error] = [
     ({"clip_low_threshold": 1.3}, ValueError, "clip_low_threshold.*1.3.*1.2"),
@@ -139,6 +200,9 @@ ERRORS = [
         (POLICY_LOSSES, FOR_POLICY),
         (CLIPPED_LOSSES, FOR_CLIPPED),
         (("dro",), FOR_DRO),
+        (("cross_entropy",), FOR_CROSS_ENTROPY),
+        (("ppo",), FOR_PPO),
+        (("sapo",), FOR_SAPO),
     ]
     for objective in objectives
     for error in errors

@@ -38,16 +38,16 @@ def upstream_of_the_first_token(grad: Function) -> Function:
 def temperature_missing_in_the_gradient(grad: Function) -> Function:
     def wrong(*args):
         grad(*args)
-        temperature, gradient = args[-2:]
+        temperature, gradient = args[5], args[-1]
         gradient.mul_(temperature)
 
     return wrong
 
 
 def one_minus_p_in_bf16(grad: Function) -> Function:
-    def wrong(logits, target, stats, coefficients, upstream, temperature, gradient):
+    def wrong(logits, target, stats, coefficients, upstream, temperature, shares, softcap, gradient):
         p = torch.softmax(logits.float() / temperature, -1).bfloat16()
-        grad(logits, target, stats, coefficients, upstream, temperature, gradient)
+        grad(logits, target, stats, coefficients, upstream, temperature, shares, softcap, gradient)
         at = target.clamp(min=0)[:, None]
         gradient.scatter_(1, at, (coefficients[:, None] * (1 - p.gather(1, at))).to(gradient.dtype))
 
@@ -103,7 +103,7 @@ def masked_tokens_counted(objective: Function) -> Function:
     def wrong(stats, target, *args):
         loss, logp, coefficients = objective(stats, target, *args)
         share = (target != -100).sum() / target.numel()
-        return (loss * share, logp, coefficients * share) if args[-3] else (loss, logp, coefficients)
+        return (loss * share, logp, coefficients * share) if args[-4] else (loss, logp, coefficients)
 
     return wrong
 

@@ -1,14 +1,21 @@
-"""Stage 3: grad_j = coefficient / temperature * ([j == target] - p_j), and the pieces that the one-pass kernel shares.
+"""Stage 3: the gradient by the logits, and the pieces that the one-pass kernel shares.
 
-p_j is never formed: e_j times one factor per row. The target's element is stored on its own, after the tile that
-covers it, from float32: bf16(p) - 1 is 0 at p = 0.999.
+Without terms grad_j = coefficient / temperature * ([j == target] - p_j). With the coefficients g, h, zeta, s by logp,
+entropy, lse and mean z, and a share for each of K targets, U = sum_k share_k,
+
+    grad_j = (g (share_j - U p_j) + p_j (zeta - h (z_j - sum_i p_i z_i)) + s / V) dz_j / dlogit_j
+
+p_j is never formed: e_j times what is one number per row. Targets' elements are stored on their own, after the tile
+that covers them, from float32: bf16(p) - 1 is 0 at p = 0.999.
 """
 
 import triton
 import triton.language as tl
 
 from .rows import (
+    LN2,
     LOG2E,
+    LOWEST,
     VECTOR,
     at,
     body_pointer,
@@ -20,7 +27,9 @@ from .rows import (
     row_offset,
     tile_columns,
 )
+from .softcap import squash, units
 from .stats import load_ragged, load_tile
+from .terms import is_any, merged_shares, row_shares, row_targets, times
 
 
 @triton.jit
@@ -30,9 +39,51 @@ def target_gradient(coefficient, inverse_t, target_logit, maximum, total, scale)
 
 
 @triton.jit
-def store_target(grad, offset, target, vocab, value):
-    tl.debug_barrier()  # other threads of this program stored -p_t there
-    tl.store(grad + offset + target, value, mask=in_vocab(target, vocab))
+def store_targets(grad, offset, target, mask, value):
+    tl.debug_barrier()  # other threads of this program stored what it is without a target there
+    tl.store(grad + offset + target, value, mask=mask)
+
+
+@triton.jit
+def any_of(by):
+    """0 only if all four coefficients are."""
+    return tl.abs(by[0]) + tl.abs(by[1]) + tl.abs(by[2]) + tl.abs(by[3])
+
+
+@triton.jit
+def dense_factors(by, whole, mean, total, inverse_t, vocab):
+    """(a, b, c): an element that is no target gets e_j (a + b t_j) + c, but for the softcap. `by` is (g, h, zeta, s),
+    `mean` is sum_i p_i z_i - z_max."""
+    factor = inverse_t / total
+    return factor * (by[2] - by[0] * whole + by[1] * mean), -factor * by[1] * LN2, inverse_t * by[3] / vocab
+
+
+@triton.jit
+def dense_gradient(y, maximum, scale, a, b, c, ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr):
+    """Without terms e_j a, a being -coefficient / temperature / total."""
+    t = (y - maximum) * scale
+    value = tl.exp2(t)
+    if ENTROPY:
+        value *= a + b * tl.maximum(t, LOWEST)
+    else:
+        value *= a
+    if SMOOTHED:
+        value += c
+    if CAPPED:
+        value *= 1.0 - y * y
+    return value
+
+
+@triton.jit
+def targets_gradient(by, y, share, whole, mean, maximum, total, scale, inverse_t, vocab, CAPPED: tl.constexpr):
+    """The elements of targets; `share` is that of all targets equal to each."""
+    t = (y - maximum) * scale
+    e = tl.exp2(t)
+    value = by[0] * ((share - whole) + whole * ((total - e) / total))  # exact where p is near 1 and has the whole
+    value += e / total * (by[2] - by[1] * (tl.maximum(t, LOWEST) * LN2 - mean)) + by[3] / vocab
+    if CAPPED:
+        value *= 1.0 - y * y
+    return value * inverse_t
 
 
 @triton.jit
@@ -42,18 +93,34 @@ def store_ragged(grad, offset, head, body, vocab, values):
 
 
 @triton.jit
-def write_body(logits, grad, length, maximum, scale, factor, DEPTH: tl.constexpr, LANES: tl.constexpr):
+def write_body(
+    logits,
+    grad,
+    length,
+    maximum,
+    scale,
+    inverse_cap,
+    a,
+    b,
+    c,
+    DEPTH: tl.constexpr,
+    LANES: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
     """The second sweep over a row's body: it lies in L2, and is not needed again."""
     columns = tile_columns(DEPTH, LANES)
     full = length // (DEPTH * LANES) * (DEPTH * LANES)
     for start in range(0, full, DEPTH * LANES):
-        x = load_tile(logits + start + columns, None, "evict_first")
-        tl.store(grad + start + columns, tl.exp2((x - maximum) * scale) * factor, eviction_policy="evict_first")
+        y = squash(load_tile(logits + start + columns, None, "evict_first"), inverse_cap, CAPPED)
+        value = dense_gradient(y, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
+        tl.store(grad + start + columns, value, eviction_policy="evict_first")
     if full < length:
         inside = columns < length - full
-        x = load_tile(logits + full + columns, inside, "evict_first")
-        e = tl.exp2((x - maximum) * scale)
-        tl.store(grad + full + columns, e * factor, mask=inside, eviction_policy="evict_first")
+        y = squash(load_tile(logits + full + columns, inside, "evict_first"), inverse_cap, CAPPED)
+        value = dense_gradient(y, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
+        tl.store(grad + full + columns, value, mask=inside, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -68,11 +135,13 @@ def write_zeros(grad, length, TILE: tl.constexpr):
 def grad(
     logits,
     grad,
-    target_tokens,
-    stats,  # (3, N)
+    target_tokens,  # (N,), with terms (N, K)
+    stats,  # (3, N), with terms (K + 4, N)
     temperature,
-    coefficients,
+    coefficients,  # (N,), with terms (4, N)
     upstream,
+    shares,  # (N, K) or None
+    softcap,
     temperature_stride: tl.int64,
     coefficients_stride: tl.int64,
     upstream_stride: tl.int64,
@@ -83,10 +152,14 @@ def grad(
     inner_stride: tl.int64,
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
+    num_targets: tl.int64,
+    TARGETS: tl.constexpr,
+    CAPPED: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    TERMS: tl.constexpr = TARGETS > 0
     start = tl.program_id(1) * TILE
     for row in range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0)):
         offset = row_offset(row, inner, outer_stride, inner_stride)
@@ -97,34 +170,61 @@ def grad(
         columns = tl.arange(0, TILE)
         inside = columns < body - start
 
-        coefficient = at(coefficients, coefficients_stride, row)
-        if coefficient != 0:  # 0 * inf is NaN
-            coefficient = coefficient * at(upstream, upstream_stride, row)
+        factor = at(upstream, upstream_stride, row)
+        coefficient = times(at(coefficients, coefficients_stride, row), factor)
+        if TERMS:
+            h = times(tl.load(coefficients + n + row), factor)
+            zeta = times(tl.load(coefficients + 2 * n + row), factor)
+            by = (coefficient, h, zeta, times(tl.load(coefficients + 3 * n + row), factor))
+            coefficient = any_of(by)
         if coefficient == 0:  # the row's logits are not read
             tl.store(destination + columns, tl.zeros([TILE], tl.float32), mask=inside)
             if RAGGED:  # noqa: SIM102  (decided when compiling, the other when running)
                 if start == 0:
                     store_ragged(grad, grad_offset, head, body, vocab, tl.zeros([2 * VECTOR], tl.float32))
         else:
-            target = tl.load(target_tokens + row).to(tl.int64)
-            maximum = tl.load(stats + row)
-            total = tl.load(stats + n + row)
-            target_logit = tl.load(stats + 2 * n + row)
             inverse_t = inverse_temperature(at(temperature, temperature_stride, row))
-            scale = LOG2E * inverse_t
-            factor = -(coefficient * inverse_t / total)
-            e = tl.exp2((load_tile(source + columns, inside, "evict_first") - maximum) * scale)
-            tl.store(destination + columns, e * factor, mask=inside)
+            unit, inverse_cap = units(inverse_t, softcap, CAPPED)
+            scale = LOG2E * unit
+            maximum = squash(tl.load(stats + row), inverse_cap, CAPPED)
+            total = tl.load(stats + n + row)
+            if TERMS:
+                k = tl.arange(0, TARGETS)
+                target = row_targets(target_tokens, row, num_targets, TARGETS)
+                target_y = squash(tl.load(stats + (2 + k) * n + row, mask=k < num_targets), inverse_cap, CAPPED)
+                share = row_shares(shares, row, num_targets, TARGETS)
+                whole = tl.sum(share, 0)
+                mean = tl.load(stats + (2 + num_targets) * n + row) / total
+                counts = share != 0
+                outside = counts & (in_vocab(target, vocab) == 0)
+                whole = tl.where(is_any(outside), float("nan"), whole)  # and so is the row
+                a, b, c = dense_factors(by, whole, mean, total, inverse_t, vocab)
+            else:
+                target = tl.load(target_tokens + row).to(tl.int64)
+                target_logit = tl.load(stats + 2 * n + row)
+                a = -(coefficient * inverse_t / total)
+                b = 0.0
+                c = 0.0
+            y = squash(load_tile(source + columns, inside, "evict_first"), inverse_cap, CAPPED)
+            y = dense_gradient(y, maximum, scale, a, b, c, TERMS, TERMS, CAPPED)
+            tl.store(destination + columns, y, mask=inside)
             owner = (target >= head + start) & (target < head + start + TILE)
             if RAGGED:
                 if start == 0:
-                    ragged = tl.exp2((load_ragged(logits, offset, head, body, vocab) - maximum) * scale)
-                    store_ragged(grad, grad_offset, head, body, vocab, ragged * factor)
+                    ragged = squash(load_ragged(logits, offset, head, body, vocab), inverse_cap, CAPPED)
+                    ragged = dense_gradient(ragged, maximum, scale, a, b, c, TERMS, TERMS, CAPPED)
+                    store_ragged(grad, grad_offset, head, body, vocab, ragged)
                 in_body = (target >= head) & (target < head + body)
-                owner = tl.where(in_body, owner, start == 0)
-            if owner:
+                owner = tl.where(in_body, owner, start == 0) != 0  # where of flags is no flag in the interpreter
+            if TERMS:
+                share = merged_shares(target, share, target_tokens, shares, row, num_targets, TARGETS)
+                value = targets_gradient(
+                    by, target_y, share, whole, mean, maximum, total, scale, inverse_t, vocab, CAPPED
+                )
+                store_targets(grad, grad_offset, target, owner & counts & in_vocab(target, vocab), value)
+            elif owner:
                 value = target_gradient(coefficient, inverse_t, target_logit, maximum, total, scale)
-                store_target(grad, grad_offset, target, vocab, value)
+                store_targets(grad, grad_offset, target, in_vocab(target, vocab), value)
 
 
 @triton.jit

@@ -8,10 +8,21 @@ except for the second sweep, in which each thread reads its own elements before 
 
 import triton.language as tl
 
-from .grad import store_ragged, store_target, target_gradient, write_body, write_zeros
+from .grad import (
+    any_of,
+    dense_factors,
+    dense_gradient,
+    store_ragged,
+    store_targets,
+    target_gradient,
+    targets_gradient,
+    write_body,
+    write_zeros,
+)
 from .objectives import token_loss
 from .rows import (
     FLOOR,
+    LN2,
     LOG2E,
     VECTOR,
     at,
@@ -22,29 +33,33 @@ from .rows import (
     kernel,
     logprob,
     number,
+    per_token,
+    ragged_columns,
     row_offset,
 )
-from .stats import join, load_ragged, load_tile, max_and_sum
+from .softcap import squash, squash_tile, units
+from .stats import accumulate, load_ragged, load_tile, sweep
+from .terms import given_targets, is_any, merged_shares, row_loss, row_shares, row_targets, store_logprobs
 
 
 @kernel("logits", "grad")
 def loss_and_grad(
     logits,
     grad,
-    target_tokens,
-    logprobs,  # (N,)
+    target_tokens,  # (N,), with terms (N, K)
+    logprobs,  # (N,), with terms (K + 1, N): then the entropy
     row_losses,  # (N,)
-    in0,
-    in1,
-    in2,
-    in3,
+    inputs,
+    terms,  # columns: what `row_loss` takes, or nothing
+    shares,  # (N, K) or None
+    label_smoothing,
+    z_loss,
+    softcap,
     weights,
     temperature,
     denominator,
-    in0_stride: tl.int64,
-    in1_stride: tl.int64,
-    in2_stride: tl.int64,
-    in3_stride: tl.int64,
+    inputs_vary: tl.int64,
+    terms_vary: tl.int64,
     weights_stride: tl.int64,
     temperature_stride: tl.int64,
     n: tl.int64,
@@ -55,8 +70,14 @@ def loss_and_grad(
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
     ignore_index: tl.int64,
+    num_targets: tl.int64,
     OBJECTIVE: tl.constexpr,
-    NUM_INPUTS: tl.constexpr,
+    TARGETS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    KL_TYPE: tl.constexpr,
+    WEIGHTED_KL: tl.constexpr,
     ALL_LOGPROBS: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -64,10 +85,19 @@ def loss_and_grad(
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
+    TERMS: tl.constexpr = TARGETS > 0
     for row in range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0)):
-        target = tl.load(target_tokens + row).to(tl.int64)
         weight = at(weights, weights_stride, row)
-        read = target != ignore_index
+        if TERMS:
+            target = row_targets(target_tokens, row, num_targets, TARGETS)
+            given = given_targets(target, num_targets, ignore_index, TARGETS)
+            read = is_any(given)
+            logp = tl.zeros([TARGETS], tl.float32)
+            entropy = 0.0
+        else:
+            target = tl.load(target_tokens + row).to(tl.int64)
+            read = target != ignore_index
+            logp = 0.0
         active = read & (weight != 0)
         if not ALL_LOGPROBS:
             read = active
@@ -77,24 +107,24 @@ def loss_and_grad(
         source = body_pointer(logits, offset, head, True)
         destination = body_pointer(grad, grad_offset, head, ALIGNED)
 
-        logp = 0.0
         loss = 0.0
         coefficient = 0.0
         if read:
             # per-token numbers first: their latency hides behind the sweep
             inside = in_vocab(target, vocab)
             target_logit = tl.load(logits + offset + target, mask=inside, other=float("nan")).to(tl.float32)
-            a = at(in0, in0_stride, row)
-            b = at(in1, in1_stride, row)
-            c = at(in2, in2_stride, row)
-            d = at(in3, in3_stride, row)
+            values = per_token(inputs, inputs_vary, row)
             divisor = number(denominator)
             inverse_t = inverse_temperature(at(temperature, temperature_stride, row))
-            scale = LOG2E * inverse_t
+            unit, inverse_cap = units(inverse_t, softcap, CAPPED)
+            scale = LOG2E * unit
+            if TERMS:
+                term_values = per_token(terms, terms_vary, row)
+                share = row_shares(shares, row, num_targets, TARGETS)
             if RAGGED:
                 ragged = load_ragged(logits, offset, head, body, vocab)
 
-            if ONE_SHOT:
+            if ONE_SHOT and not TERMS:
                 columns = tl.arange(0, LANES)
                 x = load_tile(source + columns, columns < body, "evict_first")
                 maximum = tl.maximum(tl.max(x, 0), FLOOR)
@@ -106,26 +136,121 @@ def loss_and_grad(
                     ragged = tl.exp2((ragged - maximum) * scale)
                     total += tl.sum(ragged, 0)
             else:
-                maximum, total = max_and_sum(source, body, scale, DEPTH, LANES, "evict_last")
-                if RAGGED:
-                    maximum, total, ragged = join(maximum, total, ragged, scale)
-
-            logp = logprob(target_logit, maximum, total, inverse_t)
-            loss, coefficient = token_loss(active, logp, weight, divisor, a, b, c, d, OBJECTIVE, NUM_INPUTS)
-            if coefficient != 0:
-                factor = -(coefficient * inverse_t / total)
                 if ONE_SHOT:
-                    tl.store(destination + columns, e * factor, mask=columns < body, eviction_policy="evict_first")
+                    columns = tl.arange(0, LANES)
+                    in_body = columns < body
+                    y = squash_tile(load_tile(source + columns, in_body, "evict_first"), in_body, inverse_cap, CAPPED)
+                    maximum, total, moment, spread, _e = accumulate(
+                        number(FLOOR), 0.0, 0.0, 0.0, 0, y, in_body, scale, ENTROPY, SMOOTHED
+                    )
                 else:
-                    write_body(source, destination, body, maximum, scale, factor, DEPTH // 2, LANES)
+                    _peak, maximum, total, moment, spread = sweep(
+                        source, body, scale, inverse_cap, DEPTH, LANES, "evict_last", ENTROPY, SMOOTHED, CAPPED
+                    )
                 if RAGGED:
-                    store_ragged(grad, grad_offset, head, body, vocab, ragged * factor)
-                value = target_gradient(coefficient, inverse_t, target_logit, maximum, total, scale)
-                store_target(grad, grad_offset, target, vocab, value)
+                    _columns, exists = ragged_columns(head, body, vocab)
+                    ragged = squash_tile(ragged, exists, inverse_cap, CAPPED)
+                    maximum, total, moment, spread, ragged_e = accumulate(
+                        maximum, total, moment, spread, body, ragged, exists, scale, ENTROPY, SMOOTHED
+                    )
+                    if not TERMS:
+                        ragged = ragged_e
+
+            if TERMS:
+                target_y = squash(target_logit, inverse_cap, CAPPED)
+                logp = tl.where(given, logprob(target_y, maximum, total, unit), 0.0)
+                x = tl.sum(tl.where(share != 0, share * logp, 0.0), 0)
+                whole = tl.sum(share, 0)
+                log_total = tl.log(total)
+                mean = moment * LN2 / total  # of z - z_max under p
+                if ENTROPY:
+                    entropy = log_total - mean
+                loss, g, h, zeta, s = row_loss(
+                    active,
+                    x,
+                    whole,
+                    maximum * unit + log_total,
+                    entropy,
+                    log_total - spread * LN2 / vocab,
+                    weight,
+                    divisor,
+                    values,
+                    term_values,
+                    label_smoothing,
+                    z_loss,
+                    OBJECTIVE,
+                    ENTROPY,
+                    SMOOTHED,
+                    KL_TYPE,
+                    WEIGHTED_KL,
+                )
+                by = (g, h, zeta, s)
+                coefficient = any_of(by)
+                if coefficient != 0:
+                    a, b, c = dense_factors(by, whole, mean, total, inverse_t, vocab)
+                    if ONE_SHOT:
+                        value = dense_gradient(y, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
+                        tl.store(destination + columns, value, mask=in_body, eviction_policy="evict_first")
+                    else:
+                        write_body(
+                            source,
+                            destination,
+                            body,
+                            maximum,
+                            scale,
+                            inverse_cap,
+                            a,
+                            b,
+                            c,
+                            DEPTH // 2,
+                            LANES,
+                            ENTROPY,
+                            SMOOTHED,
+                            CAPPED,
+                        )
+                    if RAGGED:
+                        value = dense_gradient(ragged, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
+                        store_ragged(grad, grad_offset, head, body, vocab, value)
+                    merged = merged_shares(target, share, target_tokens, shares, row, num_targets, TARGETS)
+                    value = targets_gradient(
+                        by, target_y, merged, whole, mean, maximum, total, scale, inverse_t, vocab, CAPPED
+                    )
+                    store_targets(grad, grad_offset, target, inside & (share != 0), value)
+            else:
+                logp = logprob(target_logit, maximum, total, inverse_t)
+                loss, coefficient = token_loss(active, logp, weight, divisor, values, OBJECTIVE)
+                if coefficient != 0:
+                    factor = -(coefficient * inverse_t / total)
+                    if ONE_SHOT:
+                        tl.store(destination + columns, e * factor, mask=columns < body, eviction_policy="evict_first")
+                    else:
+                        write_body(
+                            source,
+                            destination,
+                            body,
+                            maximum,
+                            scale,
+                            1.0,
+                            factor,
+                            0.0,
+                            0.0,
+                            DEPTH // 2,
+                            LANES,
+                            False,
+                            False,
+                            False,
+                        )
+                    if RAGGED:
+                        store_ragged(grad, grad_offset, head, body, vocab, ragged * factor)
+                    value = target_gradient(coefficient, inverse_t, target_logit, maximum, total, scale)
+                    store_targets(grad, grad_offset, target, inside, value)
 
         if coefficient == 0:
             write_zeros(destination, body, DEPTH * LANES)
             if RAGGED:
                 store_ragged(grad, grad_offset, head, body, vocab, tl.zeros([2 * VECTOR], tl.float32))
-        tl.store(logprobs + row, logp)
+        if TERMS:
+            store_logprobs(logprobs, row, n, logp, entropy, num_targets, TARGETS)
+        else:
+            tl.store(logprobs + row, logp)
         tl.store(row_losses + row, loss)

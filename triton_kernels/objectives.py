@@ -4,7 +4,8 @@ An objective maps logp, the logprob of the target token under the policy being t
 (loss, g = dloss/dlogp). It works on one token or on a block of them, so it selects and never branches. logp is in
 [-inf, 0]: a NaN row is NaN whatever its loss (`token_loss`). The functions of csrc/objectives.h, value for value.
 
-To add a loss: write its function here under its name in OBJECTIVES of fused_losses/objectives.py, inputs in that order.
+To add a loss: write its function here under its name in OBJECTIVES of fused_losses/objectives.py, inputs in that order;
+those that a call leaves out at the end are +inf.
 """
 
 import triton
@@ -29,6 +30,15 @@ def valid_clip(low, high):
 
 
 @triton.jit
+def log_ratio(logp, old_logprobs, clamp):
+    """(logp - old_logprobs within [-clamp, clamp], whether a gradient flows through it). NaN stays NaN."""
+    raw = logp - old_logprobs
+    above = raw > clamp
+    below = raw < -clamp
+    return tl.where(above, clamp, tl.where(below, -clamp, raw)), (above | below) == 0
+
+
+@triton.jit
 def logprobs(logp):
     return logp, 1.0
 
@@ -39,54 +49,75 @@ def cross_entropy(logp):
 
 
 @triton.jit
-def importance_sampling(logp, old_logprobs, advantages):
-    value = -tl.exp(logp - old_logprobs) * advantages
+def importance_sampling(logp, old_logprobs, advantages, clamp):
+    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+    value = -tl.exp(log_r) * advantages
     value = tl.where(no_advantage(old_logprobs, advantages), 0.0, value)
-    return value, value
+    return nan_unless(clamp >= 0, value, tl.where(flows, value, 0.0))
 
 
 @triton.jit
-def ppo(logp, old_logprobs, advantages, low, high):
-    ratio = tl.exp(logp - old_logprobs)
-    above = (advantages > 0) & (ratio > high)
-    below = (advantages < 0) & (ratio < low)
-    value = -tl.where(above, high, tl.where(below, low, ratio)) * advantages
+def ppo(logp, old_logprobs, advantages, low, high, clamp, dual_clip, delta):
+    """max(-min(r, delta) A, -clamp(r, low, high) A), at most -dual_clip A for A < 0: in effect one clamp per sign."""
+    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+    ratio = tl.exp(log_r)
+    negative = advantages < 0
+    ceiling = tl.where(negative, tl.minimum(tl.maximum(high, delta), dual_clip), tl.minimum(high, delta))
+    below = negative & (ratio < low)
+    above = ratio > ceiling
+    value = -tl.where(below, tl.minimum(low, ceiling), tl.where(above, ceiling, ratio)) * advantages
     value = tl.where(no_advantage(old_logprobs, advantages), 0.0, value)
-    return nan_unless(valid_clip(low, high), value, tl.where(above | below, 0.0, value))
+    valid = valid_clip(low, high) & (clamp >= 0) & (dual_clip >= 0) & (delta >= 0)
+    clipped = (below | above) & (advantages == advantages)
+    return nan_unless(valid, value, tl.where(flows & (clipped == 0), value, 0.0))
 
 
 @triton.jit
-def cispo(logp, old_logprobs, advantages, low, high):
-    ratio = tl.exp(logp - old_logprobs)
+def cispo(logp, old_logprobs, advantages, low, high, clamp):
+    ratio = tl.exp(log_ratio(logp, old_logprobs, clamp)[0])
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))  # a NaN ratio stays NaN
     g = tl.where(no_advantage(old_logprobs, advantages), 0.0, -clipped * advantages)
     value = tl.where(g == 0, 0.0, g * logp)  # ratio 0 comes with logp -inf
-    return nan_unless(valid_clip(low, high), value, g)
+    return nan_unless(valid_clip(low, high) & (clamp >= 0), value, g)
 
 
 @triton.jit
-def dro(logp, old_logprobs, advantages, beta):
-    log_ratio = logp - old_logprobs
+def dro(logp, old_logprobs, advantages, beta, clamp):
+    log_r, flows = log_ratio(logp, old_logprobs, clamp)
     reward = tl.where(advantages == 0, 0.0, logp * advantages)
-    value = 0.5 * beta * log_ratio * log_ratio - reward
-    return nan_unless(beta >= 0, value, beta * log_ratio - advantages)
+    value = 0.5 * beta * log_r * log_r - reward
+    return nan_unless((beta >= 0) & (clamp >= 0), value, tl.where(flows, beta * log_r, 0.0) - advantages)
 
 
 @triton.jit
-def token_loss(
-    active, logp, weight, denominator, in0, in1, in2, in3, OBJECTIVE: tl.constexpr, NUM_INPUTS: tl.constexpr
-):
+def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, clamp):
+    """-(4 / tau) sigmoid(u) A, u = tau (r - 1). From u = 104 on 1 - sigmoid(u) is 0 in float32, and times a ratio that
+    overflows NaN."""
+    tau = tl.where(advantages > 0, tau_positive, tau_negative)
+    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+    ratio = tl.exp(log_r)
+    u = tau * (ratio - 1.0)
+    saturated = u > 104.0
+    e = tl.exp(-tl.abs(u))
+    larger = 1.0 / (1.0 + e)  # of sigmoid(u) and 1 - sigmoid(u)
+    gate = tl.where(saturated, 1.0, tl.where(u > 0, larger, e * larger))
+    value = -4.0 / tau * gate * advantages
+    g = tl.where(flows & (saturated == 0), -4.0 * larger * (e * larger) * ratio * advantages, 0.0)
+    idle = no_advantage(old_logprobs, advantages)
+    valid = (tau_positive > 0) & (tau_negative > 0) & (clamp >= 0)
+    return nan_unless(valid, tl.where(idle, 0.0, value), tl.where(idle, 0.0, g))
+
+
+@triton.jit
+def scaled(derivative, active, weight, denominator):
+    """A coefficient. A derivative of 0 (a clipped token) must survive an infinite weight / denominator."""
+    return tl.where(active & (derivative != 0), derivative * tl.div_rn(weight, denominator), 0.0)
+
+
+@triton.jit
+def token_loss(active, logp, weight, denominator, inputs, OBJECTIVE: tl.constexpr):
     """(weight * loss, coefficient = weight * g / denominator). Both exactly 0 for an inactive token: selected, never
     multiplied, so that NaN and inf in it stay there."""
-    if NUM_INPUTS == 0:
-        loss, g = OBJECTIVE(logp)
-    elif NUM_INPUTS == 2:
-        loss, g = OBJECTIVE(logp, in0, in1)
-    elif NUM_INPUTS == 3:
-        loss, g = OBJECTIVE(logp, in0, in1, in2)
-    else:
-        loss, g = OBJECTIVE(logp, in0, in1, in2, in3)
+    loss, g = OBJECTIVE(logp, *inputs)
     loss, g = nan_unless(logp == logp, loss, g)
-    # g == 0 (a clipped token) must survive an infinite weight / denominator
-    coefficient = tl.where(active & (g != 0), g * tl.div_rn(weight, denominator), 0.0)
-    return tl.where(active, weight * loss, 0.0), coefficient
+    return tl.where(active, weight * loss, 0.0), scaled(g, active, weight, denominator)

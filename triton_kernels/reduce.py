@@ -7,11 +7,12 @@ from .rows import at, kernel, number
 
 @kernel()
 def normaliser(
-    target_tokens,
+    target_tokens,  # (N, K)
     weights,
     out,  # (1,)
     weights_stride: tl.int64,
     n: tl.int64,
+    num_targets: tl.int64,
     ignore_index: tl.int64,
     BLOCK: tl.constexpr,
 ):
@@ -20,9 +21,12 @@ def normaliser(
     for start in range(0, n, BLOCK):
         row = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = row < n
-        target = tl.load(target_tokens + row, mask=inside, other=0).to(tl.int64)
+        given = row < 0
+        for k in range(0, num_targets):
+            target = tl.load(target_tokens + row * num_targets + k, mask=inside, other=0).to(tl.int64)
+            given = given | (target != ignore_index)
         weight = at(weights, weights_stride, row, inside)
-        total += tl.where(inside & (target != ignore_index), weight, 0.0).to(tl.float64)
+        total += tl.where(inside & given, weight, 0.0).to(tl.float64)
     tl.store(out, tl.sum(total, 0).to(tl.float32))
 
 

@@ -14,12 +14,17 @@ from triton.language import core
 
 VECTOR = tl.constexpr(8)  # elements: 16 bytes of bfloat16; the tiles are multiples of it
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: a finite floor for maxima, as -inf - -inf is NaN
+LOWEST = tl.constexpr(-1000.0)  # of log2 e_j where it meets e_j, which is 0 there: 0 * -inf is NaN
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 def kernel(*pointers):
     """triton.jit of a kernel that is specialised on types, on constexpr arguments and on the alignment of `pointers`.
-    Any other value (N, strides, thresholds, the place of a column) may change from call to call without recompiling."""
+    Any other value (N, strides, thresholds, the place of a column) may change from call to call without recompiling.
+
+    What is in a tuple is always specialised on: floats by type alone, but integers by value and pointers by alignment.
+    So tuples hold floats and pointers to 16-byte boundaries, and no strides: see `per_token`."""
 
     def jit(function):
         parameters = inspect.signature(function).parameters.values()
@@ -82,6 +87,24 @@ def at(column, stride, row, mask=None):
 
 
 @triton.jit
+def block(column, stride, row, inside):
+    """A column for a block of tokens, numbers included: the interpreter fails at scalar & block."""
+    return tl.broadcast_to(at(column, stride, row, inside), row.shape)
+
+
+@triton.jit
+def per_token(columns, vary, row, inside=None):
+    """The values of a tuple of columns for a token, or for a block of them. A column is a number, an array with a value
+    for each token (its bit in `vary` is set) or an array of one."""
+    values = ()
+    for i in tl.static_range(len(columns)):
+        stride = (vary.to(tl.int64) >> i) & 1
+        value = at(columns[i], stride, row) if inside is None else block(columns[i], stride, row, inside)
+        values = values + (value,)  # noqa: RUF005  (Triton knows no star in a tuple)
+    return values
+
+
+@triton.jit
 def number(x):
     """A float, given as such or as a tensor of one element."""
     x = core.to_tensor(x)
@@ -103,8 +126,8 @@ def in_vocab(target, vocab):
 
 
 @triton.jit
-def logprob(target_logit, maximum, total, inverse_t):
+def logprob(target_logit, maximum, total, unit):
     """NaN for a row that holds NaN or +inf, is all -inf, or has its target outside [0, V). A row that was not read
-    (0, 1, 0) gives 0 whatever its temperature."""
-    sure = (target_logit == maximum) & (total == 1.0)  # exact in any case: log(1) = 0
-    return tl.where(sure, 0.0, (target_logit - maximum) * inverse_t - tl.log(total))
+    (0, 1, 0) gives 0 whatever its temperature. `unit` is 1 / temperature, but for a softcap (softcap.py)."""
+    distance = target_logit - maximum
+    return tl.where(distance == 0, 0.0, distance * unit) - tl.log(total)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../row.h"
@@ -15,10 +16,10 @@
 
 namespace fused_losses {
 
-void launch(const LossAndGradParams&, uintptr_t);
-void launch(const StatsParams&, uintptr_t);
-void launch(const ObjectiveParams&, uintptr_t);
-void launch(const GradParams&, uintptr_t);
+void launch(const LossAndGradParams&, const Terms*, uintptr_t);
+void launch(const StatsParams&, const Terms*, uintptr_t);
+void launch(const ObjectiveParams&, const Terms*, uintptr_t);
+void launch(const GradParams&, const Terms*, uintptr_t);
 void launch(const ScaleParams&, uintptr_t);
 
 namespace cpu {
@@ -117,16 +118,27 @@ void write_target(T* grad, int64_t target, int64_t vocab, float coefficient, flo
     if (target >= 0 && target < vocab) functions<T>().store(grad + target, coefficient * (1.f - p_target));
 }
 
-float* exponentials_of(float* grad, int64_t) { return grad; }  // float32: the gradient's own row, hot in L2
-float* exponentials_of(void*, int64_t vocab) {
+// On a boundary of cache lines: a vector that crosses one is stored, and loaded, twice.
+float* scratch_row(int64_t vocab) {
+    constexpr size_t kLine = 64 / sizeof(float);
     static thread_local std::vector<float> scratch;
-    if (scratch.size() < static_cast<size_t>(vocab)) scratch.resize(vocab);
-    return scratch.data();
+    const size_t size = static_cast<size_t>(vocab) + kLine;
+    if (scratch.size() < size) scratch.resize(size);
+    const size_t past = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % kLine;
+    return scratch.data() + (kLine - past) % kLine;
+}
+
+float* exponentials_of(float* grad, int64_t) { return grad; }  // float32: the gradient's own row, hot in L2
+float* exponentials_of(void*, int64_t vocab) { return scratch_row(vocab); }
+
+Reference* references_of(int64_t vocab) {
+    static thread_local std::vector<Reference> references;
+    references.resize((vocab + kBlock - 1) / kBlock);
+    return references.data();
 }
 
 template <class T>
 void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominator) {
-    static thread_local std::vector<float> references;
     const T* logits = row_of<T>(p.logits, row);
     T* grad = row_of<T>(p.grad, row);
     const Tokens& tokens = p.tokens;
@@ -140,8 +152,8 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
     const float logit = target_logit(logits, target, p.vocab);  // before an in-place sweep overwrites it
     const float inverse_t = inverse_temperature(p.temperature, row), c = kLog2e * inverse_t;
     float* exps = exponentials_of(grad, p.vocab);
-    references.resize((p.vocab + kBlock - 1) / kBlock);
-    const Sum sum = functions<T>().exponentials(logits, p.vocab, c, exps, references.data());
+    Reference* references = references_of(p.vocab);
+    const Sum sum = functions<T>().exponentials(logits, p.vocab, c, exps, references);
 
     const float logp = logprob(sum.max, sum.value, logit, inverse_t);
     const RowLoss loss = tokens.loss(row, logp, denominator);
@@ -152,7 +164,7 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
         return;
     }
     const float coefficient = loss.coefficient * inverse_t;
-    functions<T>().write_scaled(exps, references.data(), sum, p.vocab, c, -coefficient / sum.value, grad);
+    functions<T>().write_scaled(exps, references, sum, p.vocab, c, -coefficient / sum.value, grad);
     write_target(grad, target, p.vocab, coefficient, exp2f((logit - sum.max) * c) / sum.value);
 }
 
@@ -189,31 +201,242 @@ void grad_row(const GradParams& p, int64_t row) {
     write_target(grad, target, p.vocab, coefficient, exp2f((logit - max) * c) / sum);
 }
 
+// ---- With terms ----------------------------------------------------------------------------------------------------
+
+constexpr float kLn2 = 0.693147181f;
+
+// What a row shows when it has terms, in natural units.
+struct RowStats {
+    float max;     // of the raw logits
+    float sum;     // sum_j e^d_j, d_j = z_j - z_max
+    float moment;  // sum_j e^d_j d_j
+    float mean;    // mean_j d_j
+};
+
+// exps: where the exponentials are kept, or null.
+template <class T>
+RowStats sweep(const T* logits, int64_t vocab, const Terms& terms, float inverse_t, float* exps,
+               Reference* references) {
+    const RowFunctions<T>& f = functions<T>();
+    const float c = kLog2e * inverse_t;
+    RowStats out;
+    if (terms.entropy || terms.softcap != 0.f) {
+        const SumAndMoment seen = f.moments(logits, vocab, c, terms.softcap, exps, references);
+        out = {seen.sum.max, seen.sum.value, kLn2 * seen.moment, 0.f};
+    } else {
+        const Sum sum =
+            exps ? f.exponentials(logits, vocab, c, exps, references) : f.sum_of_exponentials(logits, vocab, c);
+        out = {sum.max, sum.value, 0.f, 0.f};
+    }
+    if (terms.label_smoothing != 0.f) out.mean = f.mean_distance(logits, vocab, out.max, terms.softcap) * inverse_t;
+    if (!terms.entropy) out.moment = 0.f;
+    return out;
+}
+
+// The targets' logits and logprobs, kept while the row itself is written over.
+struct TargetScratch {
+    std::vector<float> logits, logprobs;
+    std::vector<int64_t> order;
+};
+
+TargetScratch& target_scratch(int64_t num) {
+    static thread_local TargetScratch scratch;
+    scratch.logits.resize(num);
+    scratch.logprobs.resize(num);
+    return scratch;
+}
+
+// What the objective gets, from a row's stats and its targets' logits, whose logprobs are filled in.
+template <class T>
+RowSeen seen_of(const RowStats& stats, const Targets& targets, const Terms& terms, float inverse_t, int64_t row,
+                TargetScratch& scratch) {
+    const float top = functions<T>().capped(stats.max, terms.softcap), log_sum = logf(stats.sum);
+    RowSeen seen = {0.f, 0.f, top * inverse_t + log_sum, 0.f, log_sum - stats.mean};
+    if (terms.entropy) seen.entropy = log_sum - stats.moment / stats.sum;
+    for (int64_t k = 0; k < targets.num; ++k) {
+        const float y = functions<T>().capped(scratch.logits[k], terms.softcap);
+        const float share = terms.share(row * targets.num + k);
+        // of a target that counts ignore_index is not asked: the gradient stage, which comes here too, has none
+        const bool ignored = share == 0.f && targets.at(row, k) == targets.ignore_index;
+        const float logp = ignored ? 0.f : logprob(top, stats.sum, y, inverse_t);
+        scratch.logprobs[k] = logp;
+        if (share == 0.f) continue;
+        seen.logp += share * logp;
+        seen.total += share;
+    }
+    return seen;
+}
+
+// The whole gradient of a row but its targets' elements, then these, formed in float32.
+template <class T>
+void write_terms(const T* logits, const float* exps, const Reference* references, int64_t vocab, const Targets& targets,
+                 const Terms& terms, float inverse_t, int64_t row, const RowStats& stats, float total,
+                 const Coefficients& by, TargetScratch& scratch, T* grad) {
+    const RowFunctions<T>& f = functions<T>();
+    const float c = kLog2e * inverse_t, mean_d = stats.moment / stats.sum, factor = inverse_t / stats.sum;
+    const float dense = by.zeta - by.g * total + by.h * mean_d, offset = by.s / vocab;
+    if (exps && by.h == 0.f && by.s == 0.f && terms.softcap == 0.f) {
+        f.write_scaled(exps, references, {stats.max, stats.sum}, vocab, c, dense * factor, grad);
+    } else {
+        f.write_combination(logits, exps, references, vocab, stats.max, c, terms.softcap,
+                            {dense * factor, -by.h * kLn2 * factor, offset * inverse_t}, grad);
+    }
+    std::vector<int64_t>& order = scratch.order;  // counting targets, equal ones side by side
+    order.clear();
+    for (int64_t k = 0; k < targets.num; ++k)
+        if (terms.share(row * targets.num + k) != 0.f) order.push_back(k);
+    const auto target = [&](int64_t k) { return targets.at(row, k); };
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return target(a) != target(b) ? target(a) < target(b) : a < b; });
+    const float log_sum = logf(stats.sum);
+    for (size_t i = 0; i < order.size();) {
+        const int64_t k = order[i], j = target(k);
+        float share = 0.f;
+        for (; i < order.size() && target(order[i]) == j; ++i) share += terms.share(row * targets.num + order[i]);
+        if (j < 0 || j >= vocab) continue;  // its logprob is NaN, and so is the row
+        const float logp = scratch.logprobs[k], p = expf(logp);
+        const float others = by.zeta - by.h * (p == 0.f ? 0.f : logp + log_sum - mean_d);
+        // share - U p, exact where p is near 1 and the target has all of U, too
+        const float drawn = p < 0.5f ? share - total * p : (share - total) - total * expm1f(logp);
+        const float own = by.g * drawn + p * others + offset;
+        f.store(grad + j, own * inverse_t * f.cap_slope(scratch.logits[k], terms.softcap));
+    }
+}
+
+// Where to keep the exponentials when the logits are needed again, beside them; null: nowhere, make them again. Over
+// the logits they can't lie, then, and a scratch row of float32 is one more stream through L2, which takes longer than
+// the exponentials; 16-bit logits have the scratch in any case. A softcap's tanh is made again with its exponential.
+template <class T>
+float* kept_exponentials(const T* logits, T* grad, int64_t vocab, const Terms& terms) {
+    const bool again = terms.entropy || terms.label_smoothing != 0.f;
+    const bool over = std::is_same<T, float>::value && static_cast<const void*>(grad) == logits;
+    return terms.softcap != 0.f || (again && over) ? nullptr : exponentials_of(grad, vocab);
+}
+
+template <class T>
+void terms_row(const LossAndGradParams& p, const Terms& terms, int64_t row, float denominator) {
+    const int64_t n = p.logits.n;
+    const T* logits = row_of<T>(p.logits, row);
+    T* grad = row_of<T>(p.grad, row);
+    const Tokens& tokens = p.tokens;
+    const Targets& targets = tokens.targets;
+    TargetScratch& scratch = target_scratch(targets.num);
+    std::fill(scratch.logprobs.begin(), scratch.logprobs.end(), 0.f);
+
+    TermsLoss loss = {0.f, {0.f, 0.f, 0.f, 0.f}};
+    RowSeen seen = {};
+    const bool read = !targets.ignored(row) && (p.all_logprobs || tokens.active(row));
+    if (read) {
+        for (int64_t k = 0; k < targets.num; ++k) scratch.logits[k] = target_logit(logits, targets.at(row, k), p.vocab);
+        const float inverse_t = inverse_temperature(p.temperature, row);
+        float* exps = kept_exponentials(logits, grad, p.vocab, terms);
+        Reference* references = references_of(p.vocab);
+        const RowStats stats = sweep(logits, p.vocab, terms, inverse_t, exps, references);
+        seen = seen_of<T>(stats, targets, terms, inverse_t, row, scratch);
+        loss = terms_loss(tokens, terms, row, seen, denominator);
+        if (!loss.by.none())
+            write_terms(logits, exps, references, p.vocab, targets, terms, inverse_t, row, stats, seen.total, loss.by,
+                        scratch, grad);
+    }
+    if (loss.by.none()) memset(static_cast<void*>(grad), 0, p.vocab * sizeof(T));
+    for (int64_t k = 0; k < targets.num; ++k) p.logprobs[k * n + row] = scratch.logprobs[k];
+    p.logprobs[targets.num * n + row] = seen.entropy;
+    p.row_losses[row] = loss.value;
+}
+
+template <class T>
+void terms_stats_row(const StatsParams& p, const Terms& terms, int64_t row) {
+    const int64_t n = p.logits.n, num = p.targets.num;
+    RowStats stats = {0.f, 1.f, 0.f, 0.f};
+    const bool read = !p.targets.ignored(row) && (p.all_logprobs || p.weights.at(row) != 0.f);
+    const T* logits = row_of<T>(p.logits, row);
+    if (read)
+        stats = sweep(logits, p.vocab, terms, inverse_temperature(p.temperature, row), static_cast<float*>(nullptr),
+                      static_cast<Reference*>(nullptr));
+    p.stats[row] = stats.max;
+    p.stats[n + row] = stats.sum;
+    for (int64_t k = 0; k < num; ++k)
+        p.stats[(2 + k) * n + row] = read ? target_logit(logits, p.targets.at(row, k), p.vocab) : 0.f;
+    p.stats[(2 + num) * n + row] = stats.moment;
+    p.stats[(3 + num) * n + row] = stats.mean;
+}
+
+RowStats saved_stats(const float* stats, int64_t n, int64_t row, TargetScratch& scratch, int64_t num) {
+    for (int64_t k = 0; k < num; ++k) scratch.logits[k] = stats[(2 + k) * n + row];
+    return {stats[row], stats[n + row], stats[(2 + num) * n + row], stats[(3 + num) * n + row]};
+}
+
+void terms_objective_row(const ObjectiveParams& p, const Terms& terms, int64_t row, float denominator) {
+    const int64_t n = p.n;
+    const Targets& targets = p.tokens.targets;
+    TargetScratch& scratch = target_scratch(targets.num);
+    const RowStats stats = saved_stats(p.stats, n, row, scratch, targets.num);
+    const float inverse_t = inverse_temperature(p.temperature, row);
+    const RowSeen seen = seen_of<float>(stats, targets, terms, inverse_t, row, scratch);
+    const TermsLoss loss = terms_loss(p.tokens, terms, row, seen, denominator);
+    for (int64_t k = 0; k < targets.num; ++k) p.logprobs[k * n + row] = scratch.logprobs[k];
+    p.logprobs[targets.num * n + row] = seen.entropy;
+    p.row_losses[row] = loss.value;
+    const float by[4] = {loss.by.g, loss.by.h, loss.by.zeta, loss.by.s};
+    for (int64_t i = 0; i < 4; ++i) p.coefficients[i * n + row] = by[i];
+}
+
+template <class T>
+void terms_grad_row(const GradParams& p, const Terms& terms, int64_t row) {
+    const int64_t n = p.logits.n;
+    T* grad = row_of<T>(p.grad, row);
+    const float upstream = p.upstream.at(row);
+    float by[4];
+    for (int64_t i = 0; i < 4; ++i) {
+        const float saved = p.coefficients.data[i * n + row];
+        by[i] = saved == 0.f || upstream == 0.f ? 0.f : saved * upstream;
+    }
+    const Coefficients coefficients = {by[0], by[1], by[2], by[3]};
+    if (coefficients.none()) {
+        memset(static_cast<void*>(grad), 0, p.vocab * sizeof(T));
+        return;
+    }
+    TargetScratch& scratch = target_scratch(p.targets.num);
+    const RowStats stats = saved_stats(p.stats, n, row, scratch, p.targets.num);
+    const float inverse_t = inverse_temperature(p.temperature, row);
+    const RowSeen seen = seen_of<T>(stats, p.targets, terms, inverse_t, row, scratch);
+    write_terms<T>(row_of<T>(p.logits, row), nullptr, nullptr, p.vocab, p.targets, terms, inverse_t, row, stats,
+                   seen.total, coefficients, scratch, grad);
+    if (seen.logp != seen.logp)  // a target outside [0, V), whatever the coefficients, which need not be ours
+        for (int64_t j = 0; j < p.vocab; ++j) functions<T>().store(grad + j, NAN);
+}
+
 }  // namespace
 }  // namespace cpu
 
-void launch(const LossAndGradParams& p, uintptr_t) {
+void launch(const LossAndGradParams& p, const Terms* terms, uintptr_t) {
     const int64_t n = p.logits.n;
     const float denominator = p.mean ? cpu::normaliser(p.tokens, n) : p.denominator.at(0);
     cpu::dispatch(p.dtype, [&](auto type) {
         using T = decltype(type);
         if (p.grad.data != p.logits.data) cpu::expect_huge_pages(p.grad, p.vocab, sizeof(T));
-        cpu::for_each_row(n, p.vocab, [&](int64_t row) { cpu::loss_and_grad_row<T>(p, row, denominator); });
+        cpu::for_each_row(n, p.vocab, [&](int64_t row) {
+            terms ? cpu::terms_row<T>(p, *terms, row, denominator) : cpu::loss_and_grad_row<T>(p, row, denominator);
+        });
     });
     p.row_losses[n] = denominator;
     cpu::reduce(p.row_losses, n, p.loss);
 }
 
-void launch(const StatsParams& p, uintptr_t) {
+void launch(const StatsParams& p, const Terms* terms, uintptr_t) {
     cpu::dispatch(p.dtype, [&](auto type) {
-        cpu::for_each_row(p.logits.n, p.vocab, [&](int64_t row) { cpu::stats_row<decltype(type)>(p, row); });
+        using T = decltype(type);
+        cpu::for_each_row(p.logits.n, p.vocab, [&](int64_t row) {
+            terms ? cpu::terms_stats_row<T>(p, *terms, row) : cpu::stats_row<T>(p, row);
+        });
     });
 }
 
-void launch(const ObjectiveParams& p, uintptr_t) {
+void launch(const ObjectiveParams& p, const Terms* terms, uintptr_t) {
     const int64_t n = p.n;
     const float denominator = p.mean ? cpu::normaliser(p.tokens, n) : p.denominator.at(0);
     cpu::for_each_row(n, 64, [&](int64_t row) {  // 64: an objective costs about as much as so many logits
+        if (terms) return cpu::terms_objective_row(p, *terms, row, denominator);
         const float inverse_t = inverse_temperature(p.temperature, row);
         const float logp = cpu::logprob(p.stats[row], p.stats[n + row], p.stats[2 * n + row], inverse_t);
         const RowLoss loss = p.tokens.loss(row, logp, denominator);
@@ -225,11 +448,13 @@ void launch(const ObjectiveParams& p, uintptr_t) {
     if (p.loss) cpu::reduce(p.row_losses, n, p.loss);
 }
 
-void launch(const GradParams& p, uintptr_t) {
+void launch(const GradParams& p, const Terms* terms, uintptr_t) {
     cpu::dispatch(p.dtype, [&](auto type) {
         using T = decltype(type);
         if (p.grad.data != p.logits.data) cpu::expect_huge_pages(p.grad, p.vocab, sizeof(T));
-        cpu::for_each_row(p.logits.n, p.vocab, [&](int64_t row) { cpu::grad_row<T>(p, row); });
+        cpu::for_each_row(p.logits.n, p.vocab, [&](int64_t row) {
+            terms ? cpu::terms_grad_row<T>(p, *terms, row) : cpu::grad_row<T>(p, row);
+        });
     });
 }
 

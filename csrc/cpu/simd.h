@@ -103,6 +103,31 @@ FL_INLINE Floats exp2_nonpositive(Floats x) {
 #endif
 }
 
+// tanh, relative error 2e-7: a polynomial near 0, where (1 - e) / (1 + e) would cancel.
+FL_INLINE Floats tanh_of(Floats x) {
+    const Floats magnitude = floats_of(bits_of(x) & 0x7fffffffu), square = x * x;
+    Floats p = square * -6.104945671e-3f + 2.100363933e-2f;
+    p = p * square + -5.385249853e-2f;
+    p = p * square + 1.333278269e-1f;
+    p = p * square + -3.333332837e-1f;
+    const Floats e = exp2_nonpositive(magnitude * -2.88539008f);  // e^-2|x|
+    const Floats far = floats_of(bits_of((1.f - e) / (1.f + e)) | (bits_of(x) & 0x80000000u));
+    return magnitude < 0.625f ? x + x * (square * p) : far;
+}
+
+// Its derivative; 1 - tanh^2 would cancel where tanh is near 1.
+FL_INLINE Floats tanh_slope_of(Floats x) {
+    const Floats e = exp2_nonpositive(floats_of(bits_of(x) & 0x7fffffffu) * -2.88539008f);
+    return 4.f * e / ((1.f + e) * (1.f + e));
+}
+
+// The first `count` lanes of x, -inf in the others.
+FL_INLINE Floats lanes_below(int64_t count, Floats x) {
+    for (int64_t i = 0; i < kLanes; ++i)
+        if (i >= count) x[i] = -__builtin_inff();
+    return x;
+}
+
 FL_INLINE float exp2_nonpositive(float x) { return exp2_nonpositive(all(x))[0]; }
 
 FL_INLINE float sum_of(Floats x) {

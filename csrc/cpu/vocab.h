@@ -23,22 +23,60 @@ struct Sum {
     float value;  // sum_j exp2((logits_j - max) * c)
 };
 
+// The same of z_j - z_max in units of log2: moment = sum_j 2^d_j d_j, d_j = (y_j - y_max) * c, y_j being the logit or,
+// with a softcap, softcap * tanh(logit / softcap). max is that of the raw logits.
+struct SumAndMoment {
+    Sum sum;
+    float moment;
+};
+
+// grad_j = (e_j * (constant + slope * d_j) + offset) * dy_j/dlogit_j, e_j = 2^d_j
+struct Combination {
+    float constant, slope, offset;
+};
+
+// Of a block of exponentials: the maximum of the logits up to its end, which they are relative to, and whether the
+// block may hold a logit of -inf.
+struct Reference {
+    float max;
+    bool infinite;
+};
+
 template <class T>
 struct RowFunctions {
-    // exps_j = exp2((logits_j - references[j / kBlock]) * c), where a block's reference is the maximum up to its end.
+    // exps_j = exp2((logits_j - references[j / kBlock].max) * c).
     // One read of the logits, one exponential per element; scaling a block by exp2((reference - max) * c) completes it.
     // exps may be the logits themselves.
-    Sum (*exponentials)(const T* logits, int64_t vocab, float c, float* exps, float* references);
+    Sum (*exponentials)(const T* logits, int64_t vocab, float c, float* exps, Reference* references);
 
     // The same sum without keeping the exponentials.
     Sum (*sum_of_exponentials)(const T* logits, int64_t vocab, float c);
 
     // grad_j = factor * exps_j, completed block by block.
-    void (*write_scaled)(const float* exps, const float* references, Sum sum, int64_t vocab, float c, float factor,
+    void (*write_scaled)(const float* exps, const Reference* references, Sum sum, int64_t vocab, float c, float factor,
                          T* grad);
 
     // grad_j = factor * exp2((logits_j - max) * c); grad may be the logits.
     void (*write_exponentials)(const T* logits, int64_t vocab, float max, float c, float factor, T* grad);
+
+    // ---- With terms: softcap 0 is none --------------------------------------------------------------------------
+
+    // As exponentials, with the moment. exps may be null: not kept; else it is not the logits.
+    SumAndMoment (*moments)(const T* logits, int64_t vocab, float c, float softcap, float* exps, Reference* references);
+
+    // mean_j y_j - y_max
+    float (*mean_distance)(const T* logits, int64_t vocab, float max, float softcap);
+
+    // exps and references of `moments` or `exponentials`. exps null: made from the logits again, as they are with a
+    // softcap; references may be null then. grad may be the logits.
+    void (*write_combination)(const T* logits, const float* exps, const Reference* references, int64_t vocab, float max,
+                              float c, float softcap, Combination combination, T* grad);
+
+    // y of one logit, with the bits that the functions above give it.
+    float (*capped)(float logit, float softcap);
+
+    // dy/dlogit
+    float (*cap_slope)(float logit, float softcap);
 
     // grad_j *= factor
     void (*multiply)(T* grad, int64_t vocab, float factor);

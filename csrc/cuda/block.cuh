@@ -16,13 +16,19 @@ __device__ __forceinline__ T warp_sum(T x) {
     return x;
 }
 
-// All terms end up relative to the one maximum, then they are added.
-__device__ __forceinline__ OnlineSum warp_sum(OnlineSum x, float c) {
+__device__ __forceinline__ Sum warp_sum(const Sum& x) { return {warp_sum(x.sum)}; }
+__device__ __forceinline__ Moments warp_sum(const Moments& x) {
+    return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.linear), warp_sum(x.count)};
+}
+
+// All sums end up relative to the one maximum, then they are added.
+template <class Sums, class Z>
+__device__ __forceinline__ Online<Sums> warp_sum(Online<Sums> x, const Z& z) {
     float max = x.max;
 #pragma unroll
     for (int lane = kWarp / 2; lane > 0; lane /= 2) max = fmaxf(max, __shfl_xor_sync(kFullMask, max, lane));
-    x.rescale(max, c);
-    x.sum = warp_sum(x.sum);
+    x.rescale(max, z);
+    x.sums = warp_sum(x.sums);
     return x;
 }
 

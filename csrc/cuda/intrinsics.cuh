@@ -1,6 +1,7 @@
-// The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, shared
-// memory and the launch itself. The kernels use nothing of CUDA beside this, thread indices, barriers and shuffles, so
-// that tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its meaning.
+// The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, 1/x,
+// shared memory and the launch itself. The kernels use nothing of CUDA beside this, thread indices, barriers and
+// shuffles, so that tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its
+// meaning.
 #pragma once
 
 #include <stdint.h>
@@ -20,6 +21,13 @@ namespace fused_losses {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x to 1 ulp, one MUFU.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -1,14 +1,19 @@
 // The N-sized kernels: the objective alone, the normaliser before it, the reduction after it.
 #pragma once
 
-#include "softmax.cuh"
+#include "terms.cuh"
 
 namespace fused_losses {
 
+// Without a reduction it is 1, which the first thread writes.
+__device__ __forceinline__ float denominator_in_use(const ObjectiveParams& p, int64_t thread) {
+    if (!p.loss && thread == 0) p.row_losses[p.n] = 1.f;
+    return !p.loss ? 1.f : p.mean ? p.row_losses[p.n] : p.denominator.at(0);
+}
+
 __global__ void __launch_bounds__(kMaxThreads) objective_kernel(const __grid_constant__ ObjectiveParams p) {
     const int64_t n = p.n, first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-    const float denominator = !p.loss ? 1.f : p.mean ? p.row_losses[n] : p.denominator.at(0);
-    if (!p.loss && first == 0) p.row_losses[n] = denominator;
+    const float denominator = denominator_in_use(p, first);
     for (int64_t row = first; row < n; row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
         const RowStats stats = {p.stats[row], p.stats[n + row], p.stats[2 * n + row]};
         const float logp = stats.logprob(inverse_temperature(p.temperature, row));
@@ -16,6 +21,31 @@ __global__ void __launch_bounds__(kMaxThreads) objective_kernel(const __grid_con
         p.logprobs[row] = logp;
         p.row_losses[row] = loss.value;
         p.coefficients[row] = loss.coefficient;
+    }
+}
+
+template <class Z>
+__global__ void __launch_bounds__(kMaxThreads)
+    terms_objective_kernel(const __grid_constant__ WithTerms<ObjectiveParams> p) {
+    const ObjectiveParams& plain = p.plain;
+    const int64_t n = plain.n, first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+    const float denominator = denominator_in_use(plain, first);
+    for (int64_t row = first; row < n; row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+        const RowTargets targets(plain.tokens.targets, p.terms, plain.stats + 2 * n, row, n);
+        const Z z = Z::of(p.terms.softcap, inverse_temperature(plain.temperature, row));
+        const TermsStats<Z> stats = read_terms_stats(plain.stats, targets, z);
+        TargetSums sums;
+        for (int k = 0; k < targets.num(); ++k) {
+            const float logp = stats.logprob(targets.logit(k));
+            sums.add(targets.share(k), logp);
+            plain.logprobs[k * n + row] = targets.ignored(k) ? 0.f : logp;
+        }
+        plain.logprobs[targets.num() * n + row] = p.terms.entropy ? stats.entropy() : 0.f;
+        const TermsLoss loss = terms_loss(plain.tokens, p.terms, row, seen(stats, sums), denominator);
+        plain.row_losses[row] = loss.value;
+        const float by[] = {loss.by.g, loss.by.h, loss.by.zeta, loss.by.s};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) plain.coefficients[i * n + row] = by[i];
     }
 }
 

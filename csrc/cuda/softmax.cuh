@@ -7,8 +7,6 @@
 
 namespace fused_losses {
 
-constexpr float kLog2e = 1.44269504088896f;
-
 template <class T>
 __device__ __forceinline__ T* row_pointer(const Rows& rows, int64_t row) {
     return static_cast<T*>(rows.data) + rows.offset(row);
@@ -33,22 +31,22 @@ __device__ __forceinline__ bool reads_logits(const Targets& targets, const Colum
     return !targets.ignored(row) && (all_logprobs || weights.at(row) != 0.f);
 }
 
-// The target, or -1 if it is outside [0, V).
-__device__ __forceinline__ int target_index(const Targets& targets, int64_t row, int vocab) {
-    const int64_t target = targets.at(row);
+// Target i = row * K + k, or -1 if it is outside [0, V).
+__device__ __forceinline__ int target_index(const Targets& targets, int64_t i, int vocab) {
+    const int64_t target = targets.at(i);
     return 0 <= target && target < vocab ? static_cast<int>(target) : -1;
 }
 
 // The same for all threads of the block. target: from target_index.
 template <class T>
 __device__ __forceinline__ RowStats row_stats(const T* logits, int vocab, int target, float inverse_temperature,
-                                              BlockReduce<OnlineSum>& block_reduce) {
-    const float c = kLog2e * inverse_temperature;
+                                              BlockReduce<Online<Sum>>& block_reduce) {
+    const Identity z{inverse_temperature};
     // Before the barrier in block_reduce, as in place the sweep after it overwrites the target's logit.
     const float target_logit = target >= 0 ? to_float(logits[target]) : NAN;
-    const OnlineSum all =
-        block_reduce(sum_row(logits, vocab, c), OnlineSum{}, [c](const OnlineSum& x) { return warp_sum(x, c); });
-    return {all.max, all.sum, target_logit};
+    const Online<Sum> all = block_reduce(sum_row<Sum>(logits, vocab, z), Online<Sum>{},
+                                         [z](const Online<Sum>& x) { return warp_sum(x, z); });
+    return {all.max, all.sums.sum, target_logit};
 }
 
 // grad_j = coefficient / temperature * ([j == target] - p_j), with p_j = 2^((logits_j - max) c) / sum.

@@ -5,6 +5,7 @@
 // Span::owner. Indices in a row are int (V < 2^31); only row offsets are int64.
 #pragma once
 
+#include "transform.cuh"
 #include "vector.cuh"
 
 namespace fused_losses {
@@ -48,30 +49,87 @@ struct Span {
     }
 };
 
-// ---- Sweep 1: maximum and sum of exponentials ---------------------------------------------------------------------
+// ---- Sweep 1: maximum and sums ------------------------------------------------------------------------------------
+
+// e_j = 2^exponent(level_j - top) over the elements seen so far, top being the level of their maximum. What is
+// subtracted first costs no digits: a large common offset leaves the sums as they are.
+struct Sum {
+    float sum = 0.f;  // of e_j
+
+    // shift: the old top less the new one
+    template <class Z>
+    __device__ __forceinline__ void rescale(float shift, const Z& z) {
+        sum *= exp2_approx(z.exponent(shift));
+    }
+    // distance: level_j - top
+    template <class Z>
+    __device__ __forceinline__ void add(float distance, const Z& z) {
+        sum += exp2_approx(z.exponent(distance));
+    }
+    __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
+};
+
+// Of an exponent where it meets e_j, which is 0 there: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
+constexpr float kLowestExponent = -1000.f;
+
+// What losses with terms need beside the sum. All summands have one sign: nothing cancels.
+struct Moments {
+    float sum = 0.f;
+    float moment = 0.f;  // of e_j log2(e_j)
+    float linear = 0.f;  // of level_j - top; -inf if a level is
+    float count = 0.f;   // of elements, which linear needs when top moves; constants that the compiler adds up
+
+    // A shift from the floor can overflow, when all sums are 0.
+    template <class Z>
+    __device__ __forceinline__ void rescale(float shift, const Z& z) {
+        const float exponent = z.exponent(shift), e = exp2_approx(exponent);
+        moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
+        sum *= e;
+        linear += count * fmaxf(shift, kFloor);
+    }
+    template <class Z>
+    __device__ __forceinline__ void add(float distance, const Z& z) {
+        const float exponent = z.exponent(distance), e = exp2_approx(exponent);
+        sum += e;
+        moment += e * fmaxf(exponent, kLowestExponent);
+        linear += distance;
+        count += 1.f;
+    }
+    __device__ __forceinline__ void operator+=(const Moments& other) {
+        sum += other.sum;
+        moment += other.moment;
+        linear += other.linear;
+        count += other.count;
+    }
+};
 
 // max is a running maximum of raw logits that starts at a finite floor: in an all -inf part (-inf) - (-inf) would be
-// NaN. sum = sum_j 2^((x_j - max) c). The maximum is subtracted first, so that a large common offset costs no digits.
-// fmaxf drops a NaN, but the sum does not; +inf gives inf - inf there. Either way the row becomes NaN through its sum.
-struct OnlineSum {
-    float max = -3.402823466e+38f;
-    float sum = 0.f;
+// NaN. fmaxf drops a NaN, but the sums do not; +inf gives inf - inf there. Either way the row becomes NaN through them.
+template <class Sums>
+struct Online {
+    float max = kFloor;
+    Sums sums;
 
-    __device__ __forceinline__ void rescale(float new_max, float c) {
-        sum *= exp2_approx((max - new_max) * c);
+    // Returns the new top.
+    template <class Z>
+    __device__ __forceinline__ float rescale(float new_max, const Z& z) {
+        const float top = z.level(new_max);
+        sums.rescale(z.level(max) - top, z);
         max = new_max;
+        return top;
     }
-    __device__ __forceinline__ void add(float x, float c) {
-        rescale(fmaxf(max, x), c);
-        sum += exp2_approx((x - max) * c);
+    template <class Z>
+    __device__ __forceinline__ void add(float x, const Z& z) {
+        const float top = rescale(fmaxf(max, x), z);
+        sums.add(z.level(x) - top, z);
     }
 };
 
 // Adds the vectors u * blockDim.x, u < kUnroll, for which inside(u). One rescale per call, not per element: ex2 is what
 // a sweep has least of (16 per clock and SM). Summed in three levels, within a vector, a chunk and the row, so that
 // rounding grows with none of them alone.
-template <class T, class Inside>
-__device__ __forceinline__ void add_chunk(OnlineSum& acc, const uint4* vectors, float c, Inside inside) {
+template <class T, class Sums, class Z, class Inside>
+__device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vectors, const Z& z, Inside inside) {
     uint4 raw[kUnroll];
     float x[kWidth<T>];
 #pragma unroll
@@ -85,33 +143,33 @@ __device__ __forceinline__ void add_chunk(OnlineSum& acc, const uint4* vectors, 
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i) max = fmaxf(max, x[i]);
     }
-    acc.rescale(max, c);
-    float chunk = 0.f;
+    const float top = acc.rescale(max, z);
+    Sums chunk;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         if (!inside(u)) continue;
         unpack<T>(raw[u], x);
-        float sum = 0.f;
+        Sums sums;
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) sum += exp2_approx((x[i] - max) * c);
-        chunk += sum;
+        for (int i = 0; i < kWidth<T>; ++i) sums.add(z.level(x[i]) - top, z);
+        chunk += sums;
     }
-    acc.sum += chunk;
+    acc.sums += chunk;
 }
 
-// This thread's share of the row. c = log2(e) / temperature.
-template <class T>
-__device__ __forceinline__ OnlineSum sum_row(const T* row, int vocab, float c) {
+// This thread's share of the row.
+template <class Sums, class T, class Z>
+__device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, const Z& z) {
     const Span<T> span(row, vocab);
     const int thread = threadIdx.x, step = kUnroll * blockDim.x;
     const uint4* vectors = reinterpret_cast<const uint4*>(row + span.head);
-    OnlineSum acc;
+    Online<Sums> acc;
     int v = thread;
     for (const int whole = span.vectors / step * step; v < whole; v += step)
-        add_chunk<T>(acc, vectors + v, c, [](int) { return true; });
-    add_chunk<T>(acc, vectors + v, c, [&](int u) { return v + u * static_cast<int>(blockDim.x) < span.vectors; });
+        add_chunk<T>(acc, vectors + v, z, [](int) { return true; });
+    add_chunk<T>(acc, vectors + v, z, [&](int u) { return v + u * static_cast<int>(blockDim.x) < span.vectors; });
     // Last: the vectors beside the edges have brought their cache lines in.
-    if (thread < span.edges) acc.add(to_float(row[span.edge(thread)]), c);
+    if (thread < span.edges) acc.add(to_float(row[span.edge(thread)]), z);
     return acc;
 }
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..terms import Terms
 from .rows import rows
 
 Column = Tensor | float
@@ -46,11 +48,12 @@ class Native:
         mean: bool,
         ignore_index: int,
         all_logprobs: bool,
+        terms: Terms | None,
         gradient: Tensor,
         stream: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        n = target_tokens.numel()
-        logprobs = torch.empty(n, dtype=torch.float32, device=logits.device)
+        n = target_tokens.shape[0]
+        logprobs = _logprobs(n, terms, logits.device)
         row_losses = torch.empty(n + 1, dtype=torch.float32, device=logits.device)
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
         self.module.loss_and_grad(
@@ -69,6 +72,7 @@ class Native:
             logprobs.data_ptr(),
             row_losses.data_ptr(),
             loss.data_ptr(),
+            _terms(terms),
             stream,
         )
         return loss, logprobs
@@ -81,9 +85,11 @@ class Native:
         temperature: Column,
         ignore_index: int,
         all_logprobs: bool,
+        terms: Terms | None,
         stream: int = 0,
     ) -> Tensor:
-        row_stats = torch.empty((3, target_tokens.numel()), dtype=torch.float32, device=logits.device)
+        rows = 3 if terms is None else terms.targets + 4
+        row_stats = torch.empty((rows, target_tokens.shape[0]), dtype=torch.float32, device=logits.device)
         self.module.stats(
             _rows(logits),
             _DTYPE[logits.dtype],
@@ -93,6 +99,7 @@ class Native:
             _column(temperature),
             all_logprobs,
             row_stats.data_ptr(),
+            _terms(terms),
             stream,
         )
         return row_stats
@@ -109,11 +116,13 @@ class Native:
         mean: bool,
         ignore_index: int,
         reduce: bool,
+        terms: Terms | None,
         stream: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n = target_tokens.numel()
-        logprobs = torch.empty(n, dtype=torch.float32, device=row_stats.device)
-        coefficients = torch.empty_like(logprobs)
+        n = target_tokens.shape[0]
+        logprobs = _logprobs(n, terms, row_stats.device)
+        shape = (n,) if terms is None else (4, n)
+        coefficients = torch.empty(shape, dtype=torch.float32, device=row_stats.device)
         row_losses = torch.empty(n + 1, dtype=torch.float32, device=row_stats.device)
         loss = torch.empty((), dtype=torch.float32, device=row_stats.device) if reduce else None
         self.module.objective(
@@ -130,6 +139,7 @@ class Native:
             row_losses.data_ptr(),
             coefficients.data_ptr(),
             0 if loss is None else loss.data_ptr(),
+            _terms(terms),
             stream,
         )
         return row_losses.narrow(0, 0, n) if loss is None else loss, logprobs, coefficients
@@ -142,9 +152,12 @@ class Native:
         coefficients: Tensor,
         upstream: Column,
         temperature: Column,
+        shares: Tensor | None,
+        softcap: float,
         gradient: Tensor,
         stream: int = 0,
     ) -> None:
+        plain = coefficients.dim() == 1
         self.module.grad(
             _rows(logits),
             _rows(gradient),
@@ -152,9 +165,10 @@ class Native:
             logits.shape[-1],
             _targets(target_tokens, 0),  # ignore_index plays no part: an ignored token has coefficient 0
             _column(temperature),
-            _column(coefficients),
+            _column(coefficients) if plain else (coefficients.data_ptr(), 1, 0.0),
             _column(upstream),
             row_stats.data_ptr(),
+            None if plain else _terms(Terms(softcap=softcap, shares=shares)),
             stream,
         )
 
@@ -177,5 +191,26 @@ def _column(column: Column) -> tuple[int, int, float]:
     return 0, 0, column
 
 
-def _targets(target_tokens: Tensor, ignore_index: int) -> tuple[int, bool, int]:
-    return target_tokens.data_ptr(), target_tokens.dtype == torch.int64, ignore_index
+def _targets(target_tokens: Tensor, ignore_index: int) -> tuple[int, bool, int, int]:
+    targets = target_tokens.shape[1] if target_tokens.dim() == 2 else 1
+    return target_tokens.data_ptr(), target_tokens.dtype == torch.int64, ignore_index, targets
+
+
+def _logprobs(n: int, terms: Terms | None, device: torch.device) -> Tensor:
+    return torch.empty(n if terms is None else (terms.targets + 1, n), dtype=torch.float32, device=device)
+
+
+def _terms(terms: Terms | None) -> tuple[Any, ...] | None:
+    """TermsArg in csrc/bindings.h"""
+    if terms is None:
+        return None
+    return (
+        terms.softcap,
+        terms.entropy,
+        terms.label_smoothing,
+        terms.z_loss,
+        0 if terms.shares is None else terms.shares.data_ptr(),
+        *(_column(c) for c in terms[:5]),
+        terms.kl_type,
+        terms.kl_weighted_by_ratio,
+    )

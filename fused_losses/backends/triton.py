@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import objectives
 from ..objectives import OBJECTIVES
+from ..terms import NO_KL, Terms
 from .rows import Rows, rows
 
 Column = Tensor | float
@@ -53,35 +56,53 @@ def loss_and_grad(
     mean: bool,
     ignore_index: int,
     all_logprobs: bool,
+    terms: Terms | None,
     gradient: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One pass: write dloss/dlogits into ``gradient`` (which may be ``logits``); return the loss and the logprobs."""
+    """One pass; see eager.py for what each function computes."""
     kernels = _kernels()
-    n, vocab = target_tokens.numel(), logits.shape[-1]
-    logprobs = torch.empty(n, dtype=torch.float32, device=logits.device)
+    n, vocab = target_tokens.shape[0], logits.shape[-1]
+    function = _function(objective_name)
+    logprobs = _logprobs(n, terms, logits.device)
     row_losses = torch.empty(n, dtype=torch.float32, device=logits.device)
     with _on(logits.device):
         if mean:
             denominator = _normaliser(target_tokens, weights, ignore_index)
         if n > 0:
             layout = _layout(logits, gradient)
-            plan = _plan(vocab, logits.dtype.itemsize, logits.device)
-            values, strides = _columns(*_padded(inputs), weights, temperature)
+            given = _terms(terms)
+            plan = _plan(vocab, logits.dtype.itemsize, logits.device, given.per_element)
+            values, vary = _tuple(OBJECTIVES[objective_name].padded(inputs))
+            columns, strides = _columns(weights, temperature)
             kernels.loss_and_grad[(min(n, plan.programs),)](
                 logits,
                 gradient,
                 target_tokens,
                 logprobs,
                 row_losses,
-                *values,
+                values,
+                given.columns,
+                given.shares,
+                given.label_smoothing,
+                given.z_loss,
+                given.softcap,
+                *columns,
                 denominator,
+                vary,
+                given.vary,
                 *strides,
                 n,
                 vocab,
                 *layout.strides,
                 ignore_index,
-                kernels.objectives[objective_name],
-                len(inputs),
+                given.num_targets,
+                function,
+                given.block,
+                given.capped,
+                given.entropy,
+                given.smoothed,
+                given.kl_type,
+                given.kl_weighted_by_ratio,
                 all_logprobs,
                 layout.ragged,
                 layout.aligned,
@@ -101,10 +122,12 @@ def stats(
     temperature: Column,
     ignore_index: int,
     all_logprobs: bool,
+    terms: Terms | None,
 ) -> Tensor:
-    """(3, N): maximum of the logits, sum_j exp((logits_j - maximum) / temperature), target's logit."""
-    n, vocab = target_tokens.numel(), logits.shape[-1]
-    out = torch.empty((3, n), dtype=torch.float32, device=logits.device)
+    n, vocab = target_tokens.shape[0], logits.shape[-1]
+    given = _terms(terms)
+    num_stats = 3 if terms is None else given.num_targets + 4
+    out = torch.empty((num_stats, n), dtype=torch.float32, device=logits.device)
     if n == 0:
         return out
     layout = _layout(logits, logits)
@@ -115,15 +138,21 @@ def stats(
             logits,
             target_tokens,
             *values,
+            given.softcap,
             out,
             *strides,
             n,
             vocab,
             *layout.strides[:3],
             ignore_index,
+            given.num_targets,
+            given.block,
+            given.capped,
+            given.entropy,
+            given.smoothed,
             all_logprobs,
             layout.ragged,
-            _depth(logits.dtype.itemsize),
+            _depth(logits.dtype.itemsize, given.per_element),
             _LANES_PER_WARP * warps,
             **_options(warps),
         )
@@ -141,31 +170,48 @@ def objective(
     mean: bool,
     ignore_index: int,
     reduce: bool,
+    terms: Terms | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (0-d, or weight * loss per token), the logprobs, and weight * dloss/dlogp / denominator per token."""
     kernels = _kernels()
-    n = target_tokens.numel()
-    logprobs, row_losses, coefficients = (
-        torch.empty(n, dtype=torch.float32, device=row_stats.device) for _ in range(3)
-    )
+    n = target_tokens.shape[0]
+    function = _function(objective_name)
+    logprobs = _logprobs(n, terms, row_stats.device)
+    row_losses = torch.empty(n, dtype=torch.float32, device=row_stats.device)
+    coefficients = torch.empty(n if terms is None else (4, n), dtype=torch.float32, device=row_stats.device)
     with _on(row_stats.device):
         if mean:
             denominator = _normaliser(target_tokens, weights, ignore_index)
         if n > 0:
-            values, strides = _columns(*_padded(inputs), weights, temperature)
+            values, vary = _tuple(OBJECTIVES[objective_name].padded(inputs))
+            given = _terms(terms)
+            columns, strides = _columns(weights, temperature)
             kernels.objective[(-(-n // _TOKENS),)](
                 row_stats,
                 target_tokens,
                 logprobs,
                 row_losses,
                 coefficients,
-                *values,
+                values,
+                given.columns,
+                given.shares,
+                given.label_smoothing,
+                given.z_loss,
+                given.softcap,
+                *columns,
                 denominator,
+                vary,
+                given.vary,
                 *strides,
                 n,
                 ignore_index,
-                kernels.objectives[objective_name],
-                len(inputs),
+                given.num_targets,
+                function,
+                terms is not None,
+                given.capped,
+                given.entropy,
+                given.smoothed,
+                given.kl_type,
+                given.kl_weighted_by_ratio,
                 _TOKENS,
                 **_options(4),
             )
@@ -180,12 +226,18 @@ def grad(
     coefficients: Tensor,
     upstream: Column,
     temperature: Column,
+    shares: Tensor | None,
+    softcap: float,
     gradient: Tensor,
 ) -> None:
-    """gradient_j = c / temperature * ([j == target] - p_j), c = coefficient * upstream; 0 where a coefficient is."""
-    n, vocab = target_tokens.numel(), logits.shape[-1]
+    n, vocab = target_tokens.shape[0], logits.shape[-1]
     if n == 0:
         return
+    if coefficients.dim() == 1:
+        given = _terms(None)
+    else:
+        given = _terms(Terms(softcap=softcap, shares=shares))
+        coefficients = coefficients.contiguous()[0]  # the kernel finds the others from there
     layout = _layout(logits, gradient)
     tile, tiles, warps = _tiles(vocab)
     values, strides = _columns(temperature, coefficients, upstream)
@@ -196,10 +248,15 @@ def grad(
             target_tokens,
             row_stats,
             *values,
+            given.shares,
+            given.softcap,
             *strides,
             n,
             vocab,
             *layout.strides,
+            given.num_targets,
+            given.block,
+            given.capped,
             layout.ragged,
             layout.aligned,
             tile,
@@ -240,8 +297,21 @@ def _kernels(package: str = "fused_losses.triton_kernels") -> SimpleNamespace:
         scale=module("grad").scale,
         normaliser=module("reduce").normaliser,
         reduce=module("reduce").reduce,
-        objectives={name: getattr(module("objectives"), name) for name in OBJECTIVES},
+        objectives=module("objectives"),
     )
+
+
+def _function(objective_name: str) -> object:
+    """The objective as a Triton function: ours have it under their name, others bring it along."""
+    objective = OBJECTIVES[objective_name]
+    if objective.formula.__module__ == objectives.__name__:
+        return getattr(_kernels().objectives, objective_name)
+    if objective.triton is None:
+        raise RuntimeError(
+            f"objective {objective_name!r} has no Triton function, which the triton backend needs; give it one "
+            '(Objective(..., triton=...)) or pass backend="eager"'
+        )
+    return objective.triton
 
 
 def _interpreted() -> bool:
@@ -276,8 +346,8 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(vocab: int, itemsize: int, device: torch.device) -> _Plan:
-    if vocab * itemsize <= _ONE_SHOT:
+def _plan(vocab: int, itemsize: int, device: torch.device, per_element: int) -> _Plan:
+    if vocab * itemsize * per_element <= _ONE_SHOT:
         block = max(2 * _VECTOR, _power_of_2(vocab))
         return _Plan(True, 1, block, min(16, max(1, block // 1024)), _MAX_GRID, None)
     # A row must still lie in L2 for its second sweep, so programs are few: two per processor where that fits, which
@@ -286,11 +356,14 @@ def _plan(vocab: int, itemsize: int, device: torch.device) -> _Plan:
     processors, l2 = _machine(device)
     fits = 2 * processors * vocab * itemsize <= _L2_SHARE * l2
     warps = 8 if fits else 16
-    return _Plan(False, _depth(itemsize), _LANES_PER_WARP * warps, warps, processors * (2 if fits else 1), 128)
+    return _Plan(
+        False, _depth(itemsize, per_element), _LANES_PER_WARP * warps, warps, processors * (2 if fits else 1), 128
+    )
 
 
-def _depth(itemsize: int) -> int:
-    return max(1, _LOADS * 16 // itemsize * 32 // _LANES_PER_WARP)
+def _depth(itemsize: int, per_element: int) -> int:
+    loads = _LOADS // 2 if per_element == 4 else _LOADS
+    return loads * 16 // itemsize * 32 // _LANES_PER_WARP
 
 
 def _tiles(vocab: int) -> tuple[int, int, int]:
@@ -331,15 +404,75 @@ def _columns(*columns: Column) -> tuple[list[Column], list[int]]:
     return list(columns), strides
 
 
-def _padded(inputs: tuple[Column, ...]) -> tuple[Column, ...]:
-    return inputs + (0.0,) * (4 - len(inputs))
+def _tuple(columns: Sequence[Column]) -> tuple[tuple[Column, ...], int]:
+    """Columns as the kernels take any number of them: `per_token` in triton_kernels/rows.py."""
+    values = tuple(_aligned(c) if isinstance(c, Tensor) else float(c) for c in columns)
+    return values, sum(isinstance(v, Tensor) and v.dim() and v.stride(0) and 1 << i for i, v in enumerate(values))
+
+
+def _aligned(column: Tensor) -> Tensor:
+    """The column, copied unless it is contiguous or one value for all, and on a 16-byte boundary."""
+    stride = column.stride(0) if column.dim() else 0
+    if stride > 1 or column.data_ptr() % 16:
+        return column.clone(memory_format=torch.contiguous_format)
+    return column
+
+
+class _Terms(NamedTuple):
+    """Terms, or their absence, as the kernels take them."""
+
+    columns: tuple[Column, ...] = ()
+    vary: int = 0
+    shares: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    num_targets: int = 1
+    block: int = 0  # of targets; 0 for no terms
+    capped: bool = False
+    entropy: bool = False
+    smoothed: bool = False
+    kl_type: int = NO_KL
+    kl_weighted_by_ratio: bool = False
+    per_element: int = 1  # registers that an element of a row takes, more or less
+
+
+_PLAIN = _Terms()
+
+
+def _terms(terms: Terms | None) -> _Terms:
+    if terms is None:
+        return _PLAIN
+    columns, vary = _tuple(terms[:5])
+    return _Terms(
+        columns,
+        vary,
+        terms.shares,
+        terms.label_smoothing,
+        terms.z_loss,
+        terms.softcap,
+        terms.targets,
+        _power_of_2(terms.targets),
+        terms.softcap != 0,
+        terms.entropy,
+        terms.label_smoothing != 0,
+        terms.kl_type,
+        terms.kl_weighted_by_ratio,
+        4 if terms.softcap else 2,
+    )
+
+
+def _logprobs(n: int, terms: Terms | None, device: torch.device) -> Tensor:
+    return torch.empty(n if terms is None else (terms.targets + 1, n), dtype=torch.float32, device=device)
 
 
 def _normaliser(target_tokens: Tensor, weights: Column, ignore_index: int) -> Tensor:
     out = torch.empty(1, dtype=torch.float32, device=target_tokens.device)
     (weights,), (stride,) = _columns(weights)
+    n = target_tokens.shape[0]
+    num_targets = target_tokens.shape[1] if target_tokens.dim() == 2 else 1
     _kernels().normaliser[(1,)](
-        target_tokens, weights, out, stride, target_tokens.numel(), ignore_index, _SUM_BLOCK, **_options(16)
+        target_tokens, weights, out, stride, n, num_targets, ignore_index, _SUM_BLOCK, **_options(16)
     )
     return out
 

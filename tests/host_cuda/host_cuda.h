@@ -24,7 +24,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 struct alignas(16) uint4 {
@@ -235,12 +235,17 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 // What follows stands in for csrc/cuda/intrinsics.cuh.
 namespace fused_losses {
 
-// As wrong as the instruction may be, 2^-22, this way or that; integers are exact, and subnormals zero.
+// As wrong as the instruction may be, 2^-22, this way or that; integers and infinity are exact, subnormals zero.
 inline float exp2_approx(float x) {
     const float y = exp2f(x);
     if (fabsf(y) < 1.17549435e-38f) return 0.f;
-    if (x == floorf(x)) return y;
+    if (x == floorf(x) || isinf(y)) return y;
     return __float_as_uint(x) & 1 ? y + y * 0x1p-22f : y - y * 0x1p-22f;
+}
+
+inline float reciprocal_approx(float x) {
+    const float y = 1.f / x;
+    return __float_as_uint(x) & 1 ? nextafterf(y, INFINITY) : nextafterf(y, 0.f);
 }
 
 inline uint4 load(const uint4* p) {

@@ -1,0 +1,519 @@
+"""Policy losses whose objective is made of torch operations on the logprobs: of whole sequences, or the user's own.
+
+Two phase: the logprobs, and the entropy if it is needed, come from one read of the logits; the objective works on N
+numbers; its gradient by them goes back in one read and one write. What a token's loss holds beside the objective, and
+the reduction, are those of the other losses.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, losses
+from .backends import resolve, unusable
+from .losses import documented, loss_of
+from .objectives import OBJECTIVES, Objective, log_ratio
+from .outputs import Call, Outputs
+from .sequences import segment_expand, segment_mean
+from .terms import KL_TYPES, NO_KL, Seen, Terms, row_loss
+
+# (logp, arguments by name, whether each token is active) -> loss per token, or 0-d
+_OURS = tuple(OBJECTIVES)
+TorchObjective = Callable[[Tensor, Mapping[str, Any], Tensor], Tensor]
+Source = Callable[..., Any]  # fused_losses.logprobs or that of the reference
+
+_SEQUENCES = """cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0 whose target is not ``ignore_index``."""
+
+
+@documented(sequences=_SEQUENCES)
+def gspo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    ratio_gradient: str = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: str = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """PPO's objective of the sequence's ratio: the geometric mean of its tokens' ratios.
+
+    With x = logp, q = old_logprobs, sg = stop-gradient and m = mean over the sequence of x - q, the ratio of a token is
+    ``exp(sg(m) + x - sg(x))`` for ``ratio_gradient="token"``, as in the paper's GSPO-token, verl, SkyRL and Tinker; and
+    ``exp(m)``, with a gradient through the mean, for "sequence", as in TRL, Liger and NeMo-RL. The values are the same.
+    Zheng et al., "Group Sequence Policy Optimization", 2025, https://arxiv.org/abs/2507.18071, whose bounds are as
+    close to 1 as 0.9997 and 1.0004.
+
+    Args:
+        {common}
+        {policy}
+        {sequences}
+        clip_low_threshold, clip_high_threshold, dual_clip, delta: as for :func:`ppo`, on this ratio. Default 0.8, 1.2,
+            None and None.
+        ratio_gradient: "token" or "sequence". Default "token".
+        {terms}
+        {keywords}
+    """
+    _check_ratio_gradient(ratio_gradient)
+    return composed(locals(), gspo_objective)
+
+
+@documented(sequences=_SEQUENCES)
+def gmpo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.6703200460356393,
+    clip_high_threshold: Tensor | float = 1.4918246976412703,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: str = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Geometric mean of clipped ratios: ``-A exp(mean_t c_t)`` at every token of the sequence.
+
+    c_t is x - q, clipped token by token where that lowers ``A c_t``: at most log(high) for A > 0, at least log(low) for
+    A < 0. The gradient flows through the mean. Weights m / n_b and the number of sequences as the denominator, n_b
+    being a sequence's tokens, give the paper's mean over sequences. Zhao et al., "Geometric-Mean Policy Optimization",
+    2025, https://arxiv.org/abs/2507.20673.
+
+    Args:
+        {common}
+        {policy} The same for all tokens of a sequence.
+        {sequences}
+        clip_low_threshold, clip_high_threshold: absolute bounds on a token's ratio, 0 <= low <= high; numbers or
+            per-token tensors. Default e^-0.4 and e^0.4.
+        {terms}
+        {keywords}
+    """
+    return composed(locals(), gmpo_objective)
+
+
+@documented(sequences=_SEQUENCES)
+def sapo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    tau_positive: Tensor | float = 1.0,
+    tau_negative: Tensor | float = 1.05,
+    ratio_level: str = "token",
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    ratio_gradient: str = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: str = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Soft gate instead of a clip: ``-(4 / tau) sigmoid(tau (r - 1)) A``, with ``r = exp(logp - old_logprobs)``.
+
+    tau is tau_positive for A > 0, else tau_negative. At r = 1 the gradient is that of the plain policy gradient. Gao et
+    al., "Soft Adaptive Policy Optimization", 2025, https://arxiv.org/abs/2511.20347.
+
+    Args:
+        {common}
+        {policy}
+        tau_positive, tau_negative: steepness of the gate, greater than 0; numbers or per-token tensors. Default 1 and
+            1.05.
+        ratio_level: "token", one pass; or "sequence", r being the ratio of :func:`gspo`, two phase. Default "token".
+        {sequences} For "sequence" only.
+        ratio_gradient: "token" or "sequence", as for :func:`gspo`. Default "token".
+        {terms}
+        {keywords}
+    """
+    given = locals()
+    _check_ratio_gradient(ratio_gradient)
+    if ratio_level == "token":
+        for name in ("cu_seqlens", "sequence_ratio_mask"):
+            if given[name] is not None:
+                raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
+        return loss_of("sapo", given)
+    if ratio_level != "sequence":
+        raise ValueError(f'ratio_level must be "token" or "sequence", got {ratio_level!r}')
+    return composed(given, sequence_sapo_objective)
+
+
+@documented()
+def policy_loss(
+    logits: Tensor,
+    target_tokens: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    *inputs: Any,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: str = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: str = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    backend: str = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """A loss with an objective of your own, or any of ours, through the one door.
+
+    Args:
+        {common}
+        objective: what maps the (...) float32 logprobs of the targets, and ``inputs``, to the loss:
+
+            * a function ``f(logp, *inputs)`` of torch operations, which returns the loss of each token, (...), or one
+              0-d loss of the whole batch, which weights, reduction and denominator then leave as it is. Two phase.
+              ``inputs`` are handed over as they are. At tokens that are ignored or have weight 0, logp is 0 and nothing
+              flows back.
+            * an :class:`Objective`, whose formula also returns the derivative and which may have the same formula as a
+              Triton function: one pass on the backends "triton", which "auto" then takes for CUDA tensors, and
+              "eager", two phase on the others. ``inputs`` are its columns, in order: numbers, or tensors broadcastable
+              to (...).
+            * the name of one of ours: "importance_sampling", "ppo", "cispo", "dro" or "sapo". ``inputs`` are its
+              columns in the order of the loss's own arguments; bounds that are left out have the loss's defaults.
+        {terms} A function has old_logprobs as the first of its inputs where ``kl_weighted_by_ratio`` asks for them.
+        {keywords}
+    """
+    return _dispatched(locals())
+
+
+def _dispatched(given: dict[str, Any]) -> Tensor | tuple[Tensor, Outputs]:
+    """A function as it is; a name or an Objective by the names of its columns. given: policy_loss's arguments."""
+    objective, inputs, weighted = given["objective"], given["inputs"], given["kl_weighted_by_ratio"]
+    defaults: dict[str, Any] = {}
+    if isinstance(objective, str):
+        names = tuple(name for name in _OURS if OBJECTIVES[name].columns)
+        if objective not in names:
+            raise ValueError(f"objective must be a function, an Objective or one of {names}, got {objective!r}")
+        objective = OBJECTIVES[objective]
+        defaults = _defaults(objective.name)
+    elif isinstance(objective, Objective):
+        if objective.name in _OURS and OBJECTIVES[objective.name] != objective:
+            raise ValueError(f"objective: {objective.name!r} is one of ours; choose another name")
+        taken = sorted((set(given) - {"log_ratio_clamp"}).intersection(objective.columns))
+        if taken:
+            raise ValueError(f"objective: its inputs can't be called {taken}, which are arguments of policy_loss")
+        OBJECTIVES[objective.name] = objective  # the operators know it by its name
+    elif callable(objective):
+        return composed(given | {"old_logprobs": inputs[0] if inputs and weighted else None}, _of_user)
+    else:
+        raise TypeError(f"objective must be a function, an Objective or a name, got {type(objective).__name__}")
+
+    name, names = objective.name, objective.columns
+    if len(inputs) > len(names):
+        raise ValueError(f"{name} takes the inputs {names}, got {len(inputs)} inputs")
+    columns = dict.fromkeys(objective.limits) | defaults | dict(zip(names, inputs, strict=False))
+    missing = [key for key in names if key not in columns]
+    if missing:
+        raise ValueError(f"{name} takes the inputs {names}, got none for {missing}")
+    if weighted and names[:1] != ("old_logprobs",):
+        raise ValueError(f"kl_weighted_by_ratio needs old_logprobs as the first input, {name} has {names}")
+    if given["log_ratio_clamp"] is not None:
+        columns["log_ratio_clamp"] = given["log_ratio_clamp"]
+    given = given | columns
+    logits, backend = given["logits"], checks.backend(given["backend"])
+    checks.logits_and_targets(logits, given["target_tokens"])
+    if backend == "auto" and objective.triton is not None and logits.is_cuda:
+        given["backend"] = backend = "triton" if unusable("triton", logits.device) is None else "auto"
+    if name in _OURS or _one_pass(objective, backend, logits.device):
+        return loss_of(name, given)
+    checks.objective_inputs(name, given, logits)
+    return composed(given | {"objective": objective}, _of_formula)
+
+
+def _one_pass(objective: Objective, backend: str, device: torch.device) -> bool:
+    """Whether the backend has kernels for an objective that is not ours."""
+    name = resolve(backend, device).__name__.rpartition(".")[2]
+    return name == "eager" or (name == "triton" and objective.triton is not None)
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Those of the public loss of that name."""
+    parameters = inspect.signature(globals()[name] if name in globals() else getattr(losses, name)).parameters
+    return {
+        key: parameters[key].default
+        for key in OBJECTIVES[name].columns
+        if parameters[key].default is not inspect.Parameter.empty
+    }
+
+
+# ---- The objectives ----
+
+
+def _check_ratio_gradient(ratio_gradient: str) -> None:
+    if ratio_gradient not in ("token", "sequence"):
+        raise ValueError(f'ratio_gradient must be "token" or "sequence", got {ratio_gradient!r}')
+
+
+def gspo_objective(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    columns = _columns("ppo", given, logp)[1:]
+    return OBJECTIVES["ppo"].formula(_sequence_log_ratio(logp, given, active), torch.zeros_like(logp), *columns)[0]
+
+
+def sequence_sapo_objective(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    columns = _columns("sapo", given, logp)[1:]
+    return OBJECTIVES["sapo"].formula(_sequence_log_ratio(logp, given, active), torch.zeros_like(logp), *columns)[0]
+
+
+def _sequence_log_ratio(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    """log of the ratio of a token's sequence, with the gradient that ``ratio_gradient`` asks for.
+
+    Not clamped: ``log_ratio_clamp`` clamps what the objective gets, the sequence's log ratio.
+    """
+    through_mean = given["ratio_gradient"] == "sequence"
+    difference = (logp if through_mean else logp.detach()) - _column("old_logprobs", given, logp)
+    mean = segment_mean(difference, _ratio_mask(given, active), given["cu_seqlens"])
+    mean = segment_expand(mean, logp, given["cu_seqlens"])
+    if through_mean:
+        return mean
+    here = logp.masked_fill(logp == -torch.inf, 0.0)  # inf - inf
+    return mean + (here - here.detach())
+
+
+def gmpo_objective(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    old_logprobs, advantages, low, high, clamp = _columns("cispo", given, logp)
+    clamped, _ = log_ratio(logp, old_logprobs, clamp)
+    too_high = (advantages > 0) & (clamped > high.log())
+    too_low = (advantages < 0) & (clamped < low.log())
+    clamped = torch.where(too_high, high.log(), torch.where(too_low, low.log(), clamped))
+    mean = segment_mean(clamped, _ratio_mask(given, active), given["cu_seqlens"])
+    # advantage 0: whatever the ratio is
+    ratio = torch.exp(segment_expand(mean, logp, given["cu_seqlens"]).masked_fill(advantages == 0, 0.0))
+    return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
+
+
+def _ratio_mask(given: Mapping[str, Any], active: Tensor) -> Tensor:
+    mask = given["sequence_ratio_mask"]
+    if mask is None:
+        return active
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"sequence_ratio_mask must be a tensor, got {type(mask).__name__}")
+    return (mask != 0) & (given["target_tokens"] != given["ignore_index"])
+
+
+def _of_user(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    loss = given["objective"](logp, *given["inputs"])
+    if not isinstance(loss, Tensor) or loss.shape not in (logp.shape, ()):
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"objective must return a tensor of shape {tuple(logp.shape)} or (), got {got}")
+    return loss
+
+
+def _of_formula(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+    objective: Objective = given["objective"]
+    return objective.formula(logp, *_columns(objective.name, given, logp))[0]
+
+
+# ---- The composition ----
+
+
+def composed(given: dict[str, Any], objective: TorchObjective, source: Source = losses.logprobs) -> Any:
+    """The loss, from logprobs and entropy that ``source`` makes of the logits.
+
+    given: the arguments of the public function, by name.
+    """
+    logits, target_tokens, ignore_index = given["logits"], given["target_tokens"], given["ignore_index"]
+    reduction, weights, return_outputs = given["reduction"], given["weights"], given["return_outputs"]
+    kernels = source is losses.logprobs
+    if kernels:
+        checks.logits_and_targets(logits, target_tokens)
+        checks.backend(given["backend"])
+        if given["inplace"] and logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
+        if given["validate"]:
+            checks.targets_in_range(target_tokens.reshape(-1), logits.shape[-1], ignore_index)
+            checks.values_in_range({name: given.get(name) for name in ("temperature", *_FILL)})
+    checks.denominator(given["denominator"], reduction, logits)
+    if kernels:
+        _check_columns(given, logits)
+    entropy_asked = isinstance(given["entropy_coef"], Tensor) or given["entropy_coef"] != 0.0
+    penalised = isinstance(given["kl_coef"], Tensor) or given["kl_coef"] != 0.0
+    if given["kl_type"] not in KL_TYPES:
+        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {given['kl_type']!r}")
+    if penalised and given["ref_logprobs"] is None:
+        raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
+    if penalised and given["kl_weighted_by_ratio"] and given["old_logprobs"] is None:
+        raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
+
+    active = target_tokens != ignore_index
+    if weights is not None:
+        active = active & (torch.as_tensor(weights, device=logits.device) != 0)
+    read = active
+    if given.get("sequence_ratio_mask") is not None:
+        read = active | _ratio_mask(given, active)
+    seen_tokens = target_tokens if return_outputs else target_tokens.masked_fill(~read, ignore_index)
+    transforms = {name: given[name] for name in ("temperature", "softcap", "logit_scale", "ignore_index", "backend")}
+    logp, entropy = (
+        source(logits, seen_tokens, return_entropy=True, **transforms)
+        if entropy_asked
+        else (source(logits, seen_tokens, **transforms), None)
+    )
+
+    # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
+    columns = {name: _column(name, given, logp) for name in _FILL if given.get(name) is not None}
+    columns = {
+        name: value.masked_fill(~(read if name == "old_logprobs" else active), _FILL[name])
+        for name, value in columns.items()
+    }
+    value = objective(torch.where(read, logp, 0.0), {**given, **columns}, active)
+    terms = Terms(
+        columns.get("importance_weights", 1.0),
+        columns.get("ref_logprobs", 0.0),
+        columns.get("kl_coef", 0.0),
+        columns.get("entropy_coef", 0.0),
+        columns.get("log_ratio_clamp", math.inf),
+        kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
+        kl_weighted_by_ratio=bool(given["kl_weighted_by_ratio"]),
+        entropy=entropy_asked,
+    )
+    whole_batch = value.dim() == 0 and logp.dim() > 0
+    if whole_batch and reduction == "none":
+        raise ValueError('reduction="none" needs an objective per token, got one that returns a 0-d loss')
+    if whole_batch and given["importance_weights"] is not None:
+        raise ValueError("importance_weights need an objective per token, got one that returns a 0-d loss")
+    zero = torch.zeros_like(logp)
+    entropies = zero if entropy is None else torch.where(active, entropy, 0.0)
+    seen = Seen(torch.where(active, logp, 0.0), zero, entropies, zero, 1.0)
+    old_logprobs = [columns["old_logprobs"]] if penalised and given["kl_weighted_by_ratio"] else []
+    per_token = row_loss(lambda *_: (zero if whole_batch else value, zero), seen, old_logprobs, terms).value
+    weight = columns.get("weights", torch.ones_like(logp)).masked_fill(~active, 0.0)
+    losses_ = torch.where(active, weight * per_token, 0.0)
+    loss = reduced(losses_, weight, reduction, given["denominator"])
+    if whole_batch:
+        loss = loss + value
+    if not return_outputs:
+        return loss
+    call = Call.of(given)
+    if "ratio_gradient" in given:  # the ratio that the objective saw
+        call = call._replace(
+            log_ratio=_sequence_log_ratio(torch.where(read, logp.detach(), 0.0), given | columns, active)
+        )
+    return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
+
+
+def reduced(losses_: Tensor, weights: Tensor, reduction: str, denominator: Tensor | float | None) -> Tensor:
+    """``weights`` are 0 for inactive tokens; the losses are multiplied by them."""
+    if reduction == "none":
+        return losses_
+    total = losses_.sum()
+    if denominator is None:
+        denominator = weights.sum() if reduction == "mean" else 1.0
+    divisor = torch.as_tensor(denominator, dtype=losses_.dtype, device=total.device).detach()
+    nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
+    return total / divisor.masked_fill(nothing, 1.0)
+
+
+# per-token arguments, and what takes their place at a token that is not active
+_FILL = {
+    "weights": 0.0,
+    "importance_weights": 0.0,
+    "ref_logprobs": 0.0,
+    "kl_coef": 0.0,
+    "entropy_coef": 0.0,
+    "old_logprobs": 0.0,
+    "advantages": 0.0,
+    "log_ratio_clamp": 1.0,
+    "clip_low_threshold": 1.0,
+    "clip_high_threshold": 1.0,
+    "dual_clip": 1.0,
+    "delta": 1.0,
+    "tau_positive": 1.0,
+    "tau_negative": 1.0,
+    "beta": 1.0,
+}
+
+
+def _check_columns(given: Mapping[str, Any], logits: Tensor) -> None:
+    for name in _FILL:
+        value = given.get(name)
+        # None is the default of some; of old_logprobs and advantages it is an error that names them
+        if value is not None or (name in ("old_logprobs", "advantages") and name in given and "inputs" not in given):
+            checks.column(name, value, logits)  # type: ignore[arg-type]
+    checks.clip(given.get("clip_low_threshold"), given.get("clip_high_threshold"))
+
+
+def _column(name: str, given: Mapping[str, Any], logp: Tensor) -> Tensor:
+    value = given.get(name)
+    if value is None:  # a limit
+        value = math.inf
+    # full, not as_tensor: a kernel fills it, where copying it from the host would wait for the device
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=logp.dtype, device=logp.device)
+    return value.detach().to(logp.dtype).expand(logp.shape)
+
+
+def _columns(name: str, given: Mapping[str, Any], logp: Tensor) -> list[Tensor]:
+    """The inputs, bounds and limits of an objective; limits that are None are infinite."""
+    return [_column(key, given, logp) for key in OBJECTIVES[name].columns]

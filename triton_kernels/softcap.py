@@ -1,0 +1,52 @@
+"""The softcap: z = softcap * tanh(logit / softcap) / temperature.
+
+Kernels work on y = tanh(logit / softcap), of which z is the multiple `unit`; without a softcap y is the logit itself.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import LOG2E
+
+
+@triton.jit
+def tanh(u):
+    """To about 2 ulp. libdevice has one, but the interpreter has no libdevice."""
+    w = u * u
+    series = -6.104945671e-3 * w + 2.100363933e-2
+    series = series * w - 5.385249853e-2
+    series = series * w + 1.333278269e-1
+    series = series * w - 3.333332837e-1
+    size = tl.abs(u)
+    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    return tl.where(size < 0.625, u + u * w * series, tl.where(u < 0, -far, far))
+
+
+@triton.jit
+def units(inverse_t, softcap, CAPPED: tl.constexpr):
+    """(unit, 1 / softcap)"""
+    if CAPPED:
+        return inverse_t * softcap, tl.div_rn(1.0, softcap)
+    else:
+        return inverse_t, 1.0
+
+
+@triton.jit
+def squash(x, inverse_cap, CAPPED: tl.constexpr):
+    if CAPPED:
+        return tanh(x * inverse_cap)
+    else:
+        return x
+
+
+@triton.jit
+def squash_tile(x, inside, inverse_cap, CAPPED: tl.constexpr):
+    """What lies outside the row stays -inf, which a softcap would make finite."""
+    if CAPPED:
+        y = tanh(x * inverse_cap)
+        if inside is None:
+            return y
+        else:
+            return tl.where(inside, y, float("-inf"))
+    else:
+        return x
