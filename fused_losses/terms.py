@@ -145,6 +145,6 @@ def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor
 
 def times(factor: Column, value: Tensor) -> Tensor:
     """factor * value, where 0 times what is not finite is 0: a coefficient of 0 takes its term out."""
-    factor = torch.as_tensor(factor)
+    factor = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
     nothing = ((factor == 0) & ~torch.isfinite(value)) | ((value == 0) & ~torch.isfinite(factor))
     return torch.where(nothing, 0.0, factor.masked_fill(nothing, 0.0) * value.masked_fill(nothing, 0.0))

@@ -79,8 +79,10 @@ def targets_gradient(by, y, share, whole, mean, maximum, total, scale, inverse_t
     """The elements of targets; `share` is that of all targets equal to each."""
     t = (y - maximum) * scale
     e = tl.exp2(t)
-    value = by[0] * ((share - whole) + whole * ((total - e) / total))  # exact where p is near 1 and has the whole
-    value += e / total * (by[2] - by[1] * (tl.maximum(t, LOWEST) * LN2 - mean)) + by[3] / vocab
+    p = e / total
+    rest = (share - whole) + whole * ((total - e) / total)  # exact where p is near 1 and the target has the whole
+    value = by[0] * tl.where(p < 0.5, share - whole * p, rest)
+    value += p * (by[2] - by[1] * (tl.maximum(t, LOWEST) * LN2 - mean)) + by[3] / vocab
     if CAPPED:
         value *= 1.0 - y * y
     return value * inverse_t

@@ -330,7 +330,8 @@ void terms_row(const LossAndGradParams& p, const Terms& terms, int64_t row, floa
         for (int64_t k = 0; k < targets.num; ++k) scratch.logits[k] = target_logit(logits, targets.at(row, k), p.vocab);
         const float inverse_t = inverse_temperature(p.temperature, row);
         float* exps = kept_exponentials(logits, grad, p.vocab, terms);
-        Reference* references = references_of(p.vocab);
+        const bool referred = exps || terms.entropy || terms.softcap != 0.f;  // else no sweep fills them in
+        Reference* references = referred ? references_of(p.vocab) : nullptr;
         const RowStats stats = sweep(logits, p.vocab, terms, inverse_t, exps, references);
         seen = seen_of<T>(stats, targets, terms, inverse_t, row, scratch);
         loss = terms_loss(tokens, terms, row, seen, denominator);
