@@ -243,8 +243,8 @@ def with_terms(records: list[Record]) -> list[Record]:
 
 
 def terms(device: Device) -> tuple[str, list[Record]]:
-    """What a term costs beside the plain loss, in the same run."""
-    records = with_terms(device)
+    """What a term costs beside the plain loss, in the same run; in place, as what fresh memory costs hides it."""
+    records = where(with_terms(device), mode="inplace")
     columns = distinct(records, "case", "dtype", "mode")
     plain = {key: where(records, contender="fused", case=key[0], dtype=key[1], mode=key[2]) for key in columns}
 

@@ -1000,7 +1000,7 @@ MUTANTS = [
     ("stats.py", "(maximum - top) * scale", "(maximum - maximum) * scale"),
     ("stats.py", "read = read & (at(weights", "read = read | (at(weights"),
     ("grad.py", "inverse_t * ((total - e) / total)", "inverse_t"),
-    ("grad.py", "whole * ((total - e) / total)", "whole * (1.0 - e.to(tl.bfloat16).to(tl.float32) / total)"),
+    ("grad.py", "whole * ((total - e) / total)", "whole * (1.0 - p.to(tl.bfloat16).to(tl.float32))"),
     ("grad.py", "by[2] - by[0] * whole + by[1] * mean", "by[2] - by[0] + by[1] * mean"),
     ("grad.py", "whole + by[1] * mean)", "whole)"),
     ("grad.py", "inverse_t * by[3] / vocab", "by[3] / vocab"),
