@@ -4,7 +4,7 @@
     python bench/report.py --check    # exit 1 if README.md says something else than the records; writes nothing
 
 A table named NAME goes between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; no number there is typed by hand.
-Of each device the newest file of records counts.
+Of each device and case the newest file of records counts.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ FLOOR_OF = {"inplace": "mul", "separate": "clone", "reused": "copy", "forward": 
 
 
 def load(files: Iterable[Path]) -> dict[str, list[Device]]:
-    """{"cpu": [records of a device, ...], "cuda": ...}: per device and number of threads the newest file."""
-    newest: dict[tuple[str, str, int], tuple[str, Device]] = {}
+    """{"cpu": [records of a device, ...], "cuda": ...}: per device, number of threads and case the newest file."""
+    newest: dict[tuple[str, str, int], dict[str, tuple[str, Device]]] = {}
     for path in files:
         records = [json.loads(line) for line in path.read_text().splitlines() if line]
         if not records:
             continue
         last = {tuple(r[k] for k in KEY): r for r in records}
         date = max(r["date"] for r in records)
-        device = (records[0]["device_type"], records[0]["device"], records[0]["threads"])
-        if device not in newest or newest[device][0] < date:
-            newest[device] = (date, list(last.values()))
+        cases = newest.setdefault((records[0]["device_type"], records[0]["device"], records[0]["threads"]), {})
+        for (case,) in distinct(list(last.values()), "case"):
+            if case not in cases or cases[case][0] < date:
+                cases[case] = (date, where(last.values(), case=case))
     devices: dict[str, list[Device]] = {"cpu": [], "cuda": []}
-    for (device_type, *_), (_, records) in sorted(newest.items()):
-        devices[device_type].append(records)
+    for (device_type, *_), cases in sorted(newest.items()):
+        devices[device_type].append([record for _, records in cases.values() for record in records])
     return devices
 
 

@@ -137,7 +137,7 @@ def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor
     if kl_type == "k2":
         return difference**2 / 2, difference
     if kl_type == "abs":
-        return difference.abs(), difference.sign()
+        return difference.abs(), torch.where(torch.isnan(difference), difference, difference.sign())
     inverse = torch.exp(-difference)
     finite = difference.masked_fill(difference == -torch.inf, 0.0)  # logp is -inf: KL is inf, not inf - inf
     return inverse + finite - 1, 1 - inverse
