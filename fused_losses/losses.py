@@ -456,6 +456,20 @@ def loss_of(name: str, given: Mapping[str, Any]) -> Tensor | tuple[Tensor, Outpu
     return loss, Outputs(seen.reshape(target_tokens.shape), entropy, Call.of(given))
 
 
+def asked_terms(given: Mapping[str, Any]) -> tuple[bool, bool]:
+    """(whether a KL penalty is asked for, whether the entropy is), of the arguments of a policy loss."""
+    entropy_coef, kl_coef = given["entropy_coef"], given["kl_coef"]
+    if given["kl_type"] not in KL_TYPES:
+        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {given['kl_type']!r}")
+    penalised = isinstance(kl_coef, Tensor) or kl_coef != 0.0
+    if given["ref_logprobs"] is None:
+        if penalised:
+            raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
+    elif not penalised:  # not used, and still not to be wrong
+        checks.column("ref_logprobs", given["ref_logprobs"], given["logits"])
+    return penalised, isinstance(entropy_coef, Tensor) or entropy_coef != 0.0
+
+
 def _transforms(given: Mapping[str, Any]) -> tuple[Column, float]:
     """(temperature, softcap) that leave no scale to apply: s cap tanh(x / cap) / T, with cap and T divided by s."""
     temperature = checks.column("temperature", given["temperature"], given["logits"])
@@ -498,14 +512,9 @@ def _terms(name: str, given: Mapping[str, Any], softcap: float, shares: Tensor |
         return Terms(softcap=softcap) if softcap else None
     entropy_coef, kl_coef, ref_logprobs = given["entropy_coef"], given["kl_coef"], given["ref_logprobs"]
     importance_weights = given["importance_weights"]
-    if given["kl_type"] not in KL_TYPES:
-        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {given['kl_type']!r}")
-    penalised = isinstance(kl_coef, Tensor) or kl_coef != 0.0
-    entropy = isinstance(entropy_coef, Tensor) or entropy_coef != 0.0
+    penalised, entropy = asked_terms(given)
     if not penalised and not entropy and importance_weights is None and softcap == 0.0:
         return None
-    if penalised and ref_logprobs is None:
-        raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
     logits, clamp = given["logits"], given["log_ratio_clamp"]
     return Terms(
         1.0 if importance_weights is None else checks.column("importance_weights", importance_weights, logits),

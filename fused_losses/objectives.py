@@ -113,6 +113,14 @@ def sapo(
 _SAPO_SATURATED = 104.0  # from there on 1 - sigmoid(u) is 0 in float32, and times a ratio that overflows NaN
 
 
+def constant(column: Tensor | float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor of the dtype and device of ``like``; a tensor as it is.
+
+    full, not as_tensor: a kernel fills it, where copying it from the host would wait for the device.
+    """
+    return column if isinstance(column, Tensor) else torch.full((), column, dtype=like.dtype, device=like.device)
+
+
 def log_ratio(logp: Tensor, old_logprobs: Tensor, clamp: Tensor) -> tuple[Tensor, Tensor]:
     """(logp - old_logprobs clamped to [-clamp, clamp], whether a gradient flows through it). NaN stays NaN."""
     raw = logp - old_logprobs

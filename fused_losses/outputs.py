@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .objectives import constant
+
 Column = Tensor | float
 
 
@@ -57,7 +59,7 @@ class Outputs(NamedTuple):
         target_tokens, ignore_index, weights, old_logprobs, advantages, low, high, of_sequence = self.call
         active = target_tokens != ignore_index
         if weights is not None:
-            active = active & (self._tensor(weights) != 0)
+            active = active & (constant(weights, self.logprobs) != 0)
         tokens = active.sum().float()
 
         def mean(values: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class Outputs(NamedTuple):
             metrics["entropy_mean"] = mean(self.entropy)
         if old_logprobs is None:
             return metrics
-        log_ratio = (self.logprobs - self._tensor(old_logprobs)).where(active, 0.0)
+        log_ratio = (self.logprobs - constant(old_logprobs, self.logprobs)).where(active, 0.0)
         distance = log_ratio.abs()
         token_ratio = torch.exp(log_ratio)
         seen = log_ratio if of_sequence is None else of_sequence.where(active, 0.0)
@@ -86,13 +88,10 @@ class Outputs(NamedTuple):
         share = torch.exp(seen - largest).where(active, 0.0)  # of the largest: no ratio overflows
         metrics["effective_sample_size"] = share.sum() ** 2 / ((share**2).sum() * tokens).clamp(min=1e-30)
         if low is not None and high is not None and advantages is not None:
-            advantages = self._tensor(advantages)
+            advantages = constant(advantages, self.logprobs)
             metrics["clip_fraction_low"] = mean(((advantages < 0) & (ratio < low)).float())
             metrics["clip_fraction_high"] = mean(((advantages > 0) & (ratio > high)).float())
         return metrics
-
-    def _tensor(self, value: Column) -> Tensor:
-        return torch.as_tensor(value, device=self.logprobs.device)
 
     @staticmethod
     def _extreme(values: Tensor, active: Tensor, neutral: float) -> Tensor:

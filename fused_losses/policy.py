@@ -17,14 +17,15 @@ from torch import Tensor
 
 from . import checks, losses
 from .backends import resolve, unusable
-from .losses import documented, loss_of
-from .objectives import OBJECTIVES, Objective, log_ratio
+from .losses import asked_terms, documented, loss_of
+from .objectives import OBJECTIVES, Objective, constant, log_ratio
 from .outputs import Call, Outputs
 from .sequences import segment_expand, segment_mean
 from .terms import KL_TYPES, NO_KL, Seen, Terms, row_loss
 
-# (logp, arguments by name, whether each token is active) -> loss per token, or 0-d
 _OURS = tuple(OBJECTIVES)
+
+# (logp, arguments by name, whether each token is active) -> loss per token, or 0-d
 TorchObjective = Callable[[Tensor, Mapping[str, Any], Tensor], Tensor]
 Source = Callable[..., Any]  # fused_losses.logprobs or that of the reference
 
@@ -398,18 +399,13 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
     checks.denominator(given["denominator"], reduction, logits)
     if kernels:
         _check_columns(given, logits)
-    entropy_asked = isinstance(given["entropy_coef"], Tensor) or given["entropy_coef"] != 0.0
-    penalised = isinstance(given["kl_coef"], Tensor) or given["kl_coef"] != 0.0
-    if given["kl_type"] not in KL_TYPES:
-        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {given['kl_type']!r}")
-    if penalised and given["ref_logprobs"] is None:
-        raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
+    penalised, entropy_asked = asked_terms(given)
     if penalised and given["kl_weighted_by_ratio"] and given["old_logprobs"] is None:
         raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
 
     active = target_tokens != ignore_index
     if weights is not None:
-        active = active & (torch.as_tensor(weights, device=logits.device) != 0)
+        active = active & (constant(weights, logits) != 0)
     read = active
     if given.get("sequence_ratio_mask") is not None:
         read = active | _ratio_mask(given, active)
@@ -422,10 +418,10 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
     )
 
     # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
-    columns = {name: _column(name, given, logp) for name in _FILL if given.get(name) is not None}
     columns = {
-        name: value.masked_fill(~(read if name == "old_logprobs" else active), _FILL[name])
-        for name, value in columns.items()
+        name: _column(name, given, logp).masked_fill(~(read if name == "old_logprobs" else active), fill)
+        for name, fill in _FILL.items()
+        if given.get(name) is not None
     }
     value = objective(torch.where(read, logp, 0.0), {**given, **columns}, active)
     terms = Terms(
@@ -470,7 +466,7 @@ def reduced(losses_: Tensor, weights: Tensor, reduction: str, denominator: Tenso
     total = losses_.sum()
     if denominator is None:
         denominator = weights.sum() if reduction == "mean" else 1.0
-    divisor = torch.as_tensor(denominator, dtype=losses_.dtype, device=total.device).detach()
+    divisor = constant(denominator, total).detach().to(total.dtype)
     nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
     return total / divisor.masked_fill(nothing, 1.0)
 
@@ -508,10 +504,7 @@ def _column(name: str, given: Mapping[str, Any], logp: Tensor) -> Tensor:
     value = given.get(name)
     if value is None:  # a limit
         value = math.inf
-    # full, not as_tensor: a kernel fills it, where copying it from the host would wait for the device
-    if not isinstance(value, Tensor):
-        value = torch.full((), value, dtype=logp.dtype, device=logp.device)
-    return value.detach().to(logp.dtype).expand(logp.shape)
+    return constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
 
 
 def _columns(name: str, given: Mapping[str, Any], logp: Tensor) -> list[Tensor]:

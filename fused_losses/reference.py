@@ -65,8 +65,8 @@ def _transforms(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in ("temperature", "softcap", "logit_scale", "ignore_index")}
 
 
-def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight * loss per token, the items' weights, whether each token is active)"""
+def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(weight * loss per token, the items' weights)"""
     logits, target_tokens, ignore_index = given["logits"], given["target_tokens"], given["ignore_index"]
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
@@ -88,17 +88,17 @@ def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor
         logp = (shares * seen.logp).where(active, 0.0).sum(-1)
         seen = seen._replace(logp=logp, total=shares.sum(-1))
         terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
-        return row_loss(objective.formula, seen, (), terms).value.where(some, 0.0), weight, some
+        return row_loss(objective.formula, seen, (), terms).value.where(some, 0.0), weight
 
     def column(value: Tensor | float | None, default: float = 0.0) -> Tensor:
         return constant(value, default).masked_fill(~active, 0.0)
 
-    limits = [column(given[name], math.inf).masked_fill(~active, math.inf) for name in objective.limits]
+    limits = [constant(given[name], math.inf).masked_fill(~active, math.inf) for name in objective.limits]
     inputs = [*(column(given[name]) for name in objective.inputs + objective.bounds), *limits]
     if objective.name == "cross_entropy":
         terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
     else:
-        penalised = isinstance(given["kl_coef"], Tensor) or given["kl_coef"] != 0
+        penalised, entropy = losses.asked_terms(given)
         terms = Terms(
             column(given["importance_weights"], 1.0),
             column(given["ref_logprobs"]),
@@ -107,14 +107,10 @@ def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor
             limits[0],
             kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
             kl_weighted_by_ratio=given["kl_weighted_by_ratio"],
-            entropy=_has_entropy(given),
+            entropy=entropy,
         )
     value = row_loss(objective.formula, seen, inputs, terms).value
-    return torch.where(active, weight * value, 0.0), weight, active
-
-
-def _has_entropy(given: dict[str, Any]) -> bool:
-    return isinstance(given.get("entropy_coef", 0.0), Tensor) or given.get("entropy_coef", 0.0) != 0
+    return torch.where(active, weight * value, 0.0), weight
 
 
 def _eager(public: Callable[P, R]) -> Callable[P, R]:
@@ -127,13 +123,14 @@ def _eager(public: Callable[P, R]) -> Callable[P, R]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        losses, weights, _ = _losses(objective, given)
-        loss = reduced(losses, weights, given["reduction"], given["denominator"])
+        per_token, weights = _losses(objective, given)
+        loss = reduced(per_token, weights, given["reduction"], given["denominator"])
         if not given["return_outputs"]:
             return loss
         with torch.no_grad():
             seen = token_stats(given["logits"], given["target_tokens"], **_transforms(given))
-        return loss, Outputs(seen.logp, seen.entropy if _has_entropy(given) else None, Call.of(given))
+        entropy = seen.entropy if "entropy_coef" in given and losses.asked_terms(given)[1] else None
+        return loss, Outputs(seen.logp, entropy, Call.of(given))
 
     return reference
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .objectives import Loss, log_ratio
+from .objectives import Loss, constant, log_ratio
 
 Column = Tensor | float
 
@@ -107,7 +107,7 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
     if terms.kl_type != NO_KL:
         penalty, slope = kl(logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
         if terms.kl_weighted_by_ratio:
-            clamped, flows = log_ratio(logp, inputs[0], torch.as_tensor(terms.log_ratio_clamp))
+            clamped, flows = log_ratio(logp, inputs[0], constant(terms.log_ratio_clamp, logp))
             ratio = torch.exp(clamped)
             penalty, slope = times(ratio, penalty), times(ratio, slope)
             slope = slope + penalty.where(flows, 0.0)
@@ -145,6 +145,6 @@ def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor
 
 def times(factor: Column, value: Tensor) -> Tensor:
     """factor * value, where 0 times what is not finite is 0: a coefficient of 0 takes its term out."""
-    factor = torch.as_tensor(factor, dtype=value.dtype, device=value.device)
+    factor = constant(factor, value)
     nothing = ((factor == 0) & ~torch.isfinite(value)) | ((value == 0) & ~torch.isfinite(factor))
     return torch.where(nothing, 0.0, factor.masked_fill(nothing, 0.0) * value.masked_fill(nothing, 0.0))

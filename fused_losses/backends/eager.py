@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives import OBJECTIVES
+from ..objectives import OBJECTIVES, constant
 from ..terms import Seen, Terms, row_loss
 
 Column = Tensor | float
@@ -121,9 +121,9 @@ def objective(
     # A row that was not read (0, 1, 0) gives 0 where its temperature is bad, too; one that was shows it in its sum.
     logp = (distance * inverse_temperature).where(distance != 0, 0.0) - total.log()
     objective = OBJECTIVES[objective_name]
-    values = [_tensor(c, maximum) for c in objective.padded(inputs)]
+    values = [constant(c, maximum) for c in objective.padded(inputs)]
     active = (targets != ignore_index).any(0) & _is_nonzero(weights, maximum)
-    weights, denominator = _tensor(weights, maximum), _tensor(denominator, maximum)
+    weights, denominator = constant(weights, maximum), constant(denominator, maximum)
     if mean:
         denominator = weights.expand_as(maximum).where(active, 0.0).double().sum().float()
 
@@ -144,7 +144,7 @@ def objective(
             x = (shares * logp).where(shares != 0, 0.0).sum(0)
             seen = Seen(x, lse, entropy, log_total - row_stats[-1], shares.sum(0))
         columns: dict[str, Any] = {
-            name: _tensor(c, maximum) for name, c in zip(Terms._fields[:5], terms[:5], strict=True)
+            name: constant(c, maximum) for name, c in zip(Terms._fields[:5], terms[:5], strict=True)
         }
         losses, *by = row_loss(objective.formula, seen, values, terms._replace(**columns))
         derivatives = torch.stack([d.expand_as(maximum) for d in by])
@@ -221,14 +221,9 @@ def _capped(x: Tensor, softcap: float) -> Tensor:
 
 
 def _inverse_temperature(temperature: Column, like: Tensor) -> Tensor:
-    t = _tensor(temperature, like)
+    t = constant(temperature, like)
     return torch.where(t > 0, 1 / t, torch.nan).expand_as(like)
 
 
 def _is_nonzero(column: Column, like: Tensor) -> Tensor:
-    return (_tensor(column, like) != 0).expand_as(like)
-
-
-def _tensor(column: Column, like: Tensor) -> Tensor:
-    # full, not tensor: a kernel fills it, where copying it from the host would wait for the device
-    return column if isinstance(column, Tensor) else torch.full((), column, dtype=like.dtype, device=like.device)
+    return (constant(column, like) != 0).expand_as(like)
