@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 
-from . import backends, losses, reference
+import fused_losses
+
+from . import backends, reference
 from .backends.native import BROKEN
 from .checks import LOGITS_DTYPES
 from .objectives import OBJECTIVES
 from .version import __version__
+
+# Of cross entropy, and of the policy losses.
+TERMS = (
+    {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 0.001},
+    {"softcap": 20.0, "entropy_coef": 0.01, "ref_logprobs": -8.0, "kl_coef": 0.1, "kl_type": "k2"},
+)
 
 
 def devices() -> list[torch.device]:
@@ -33,7 +41,7 @@ def describe(device: torch.device) -> str:
 
 
 def self_test(backend: str, device: torch.device) -> dict[str, Any]:
-    """Every loss and dtype against float64, one pass and two phase, on a vocabulary with a ragged end.
+    """Every loss and dtype against float64, plain and with terms, one pass and two phase, on a ragged vocabulary.
 
     An error counts in units of what eager torch errs by at the same dtype; design: at most 2 for the loss, 3 for the
     gradient, plus a term for results so near 0 that eager happens to be exact.
@@ -47,10 +55,11 @@ def self_test(backend: str, device: torch.device) -> dict[str, Any]:
             continue
         for dtype in dtypes:
             logits, target_tokens, inputs = sample(objective.inputs, dtype, device)
-            truth = run(reference, name, logits.double(), target_tokens, inputs)
-            eager = run(reference, name, logits, target_tokens, inputs)
-            for recompute in (False, True):
-                ours = run(losses, name, logits, target_tokens, inputs, backend=backend, recompute=recompute)
+            for recompute, terms in ((False, {}), (True, {}), (False, TERMS[bool(objective.inputs)])):
+                truth = run(reference, name, logits.double(), target_tokens, inputs | terms)
+                eager = run(reference, name, logits, target_tokens, inputs | terms)
+                options = {"backend": backend, "recompute": recompute}
+                ours = run(fused_losses, name, logits, target_tokens, inputs | terms, **options)
                 for key, factor, small, t, e, o in zip(worst, (2, 3), (1e-5, 1e-6), truth, eager, ours, strict=True):
                     allowed = factor * (e - t).abs().max() + small * t.abs().max()
                     error = (o - t).abs().max() / allowed

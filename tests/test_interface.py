@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +273,11 @@ def test_no_environment_variable_is_read():
     reading = [f.name for f in sources if f.suffix not in (".pyc", ".so") and "environ" in f.read_text()]
     reading += [f.name for f in sources if f.suffix not in (".pyc", ".so") and "getenv" in f.read_text()]
     assert set(reading) <= {"__main__.py"}  # which reports on the installation
+
+
+def test_command_line():
+    """It knows every loss, and what runs here runs right."""
+    done = subprocess.run([sys.executable, "-m", "fused_losses", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tested = [b["self_test"] for d in json.loads(done.stdout)["devices"] for b in d["backends"].values() if b["usable"]]
+    assert tested and all(max(test["error_over_allowed"].values()) > 0 for test in tested)

@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -23,38 +25,60 @@ void launch(const GradParams&, const Terms*, uintptr_t);
 void launch(const ScaleParams&, uintptr_t);
 
 namespace cpu {
+
+std::vector<std::string> instruction_sets();
+void use_instruction_set(const std::string&);
+
 namespace {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr int64_t kParallelFrom = 1 << 15;  // elements; below, waking a second thread costs more than it saves
 
-const VocabFunctions& vocab_functions() {
+struct InstructionSet {
+    const char* name;
+    bool usable;
+    const VocabFunctions* functions;
+};
+
+// The best first. The last runs anywhere.
+const std::vector<InstructionSet>& all_instruction_sets() {
+    static const std::vector<InstructionSet> sets = {
 #if defined(__x86_64__)
-    static const VocabFunctions& best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                                            ? vocab_avx512
-                                        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                            ? vocab_avx2
-                                            : vocab_baseline;
-    return best;
-#else
-    return vocab_baseline;
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+         &vocab_avx512},
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &vocab_avx2},
 #endif
+        {"baseline", true, &vocab_baseline},
+    };
+    return sets;
+}
+
+const VocabFunctions* best_functions() {
+    for (const InstructionSet& set : all_instruction_sets())
+        if (set.usable) return set.functions;
+    return nullptr;
+}
+
+const VocabFunctions*& vocab_functions() {
+    static const VocabFunctions* functions = best_functions();
+    return functions;
 }
 
 template <class T>
 const RowFunctions<T>& functions();
 template <>
 const RowFunctions<float>& functions() {
-    return vocab_functions().float32;
+    return vocab_functions()->float32;
 }
 template <>
 const RowFunctions<BFloat16>& functions() {
-    return vocab_functions().bfloat16;
+    return vocab_functions()->bfloat16;
 }
 template <>
 const RowFunctions<Float16>& functions() {
-    return vocab_functions().float16;
+    return vocab_functions()->float16;
 }
 
 // Run body(row) for every row, a few at a time: masked rows are cheap and come in spans.
@@ -122,19 +146,28 @@ void write_target(T* grad, int64_t target, int64_t vocab, float coefficient, flo
 float* scratch_row(int64_t vocab) {
     constexpr size_t kLine = 64 / sizeof(float);
     static thread_local std::vector<float> scratch;
-    const size_t size = static_cast<size_t>(vocab) + kLine;
+    const size_t size = static_cast<size_t>(vocab) + kWhole + kLine;
     if (scratch.size() < size) scratch.resize(size);
     const size_t past = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % kLine;
     return scratch.data() + (kLine - past) % kLine;
 }
 
-float* exponentials_of(float* grad, int64_t) { return grad; }  // float32: the gradient's own row, hot in L2
-float* exponentials_of(void*, int64_t vocab) { return scratch_row(vocab); }
-
-Reference* references_of(int64_t vocab) {
-    static thread_local std::vector<Reference> references;
-    references.resize((vocab + kBlock - 1) / kBlock);
+float* references_of(int64_t vocab) {
+    static thread_local std::vector<float> references;
+    references.resize((vocab + kBlock - 1) / kBlock * kReferences);
     return references.data();
+}
+
+constexpr Kept kNothing = {nullptr, nullptr, true};
+
+// Where to keep the exponentials of a row. float32 has the gradient's own row for them, where that may be the logits'
+// own; which does not do if the logits are needed again.
+template <class T>
+Kept kept_exponentials(const T* logits, T* grad, int64_t vocab, bool logits_again) {
+    const bool own = static_cast<const void*>(grad) != logits;
+    if (std::is_same<T, float>::value && (own || !logits_again))
+        return {reinterpret_cast<float*>(grad), references_of(vocab), !own};
+    return {scratch_row(vocab), references_of(vocab), true};
 }
 
 template <class T>
@@ -151,9 +184,8 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
     const int64_t target = tokens.targets.at(row);
     const float logit = target_logit(logits, target, p.vocab);  // before an in-place sweep overwrites it
     const float inverse_t = inverse_temperature(p.temperature, row), c = kLog2e * inverse_t;
-    float* exps = exponentials_of(grad, p.vocab);
-    Reference* references = references_of(p.vocab);
-    const Sum sum = functions<T>().exponentials(logits, p.vocab, c, exps, references);
+    const Kept kept = kept_exponentials(logits, grad, p.vocab, false);
+    const Sum sum = functions<T>().exponentials(logits, p.vocab, c, kept);
 
     const float logp = logprob(sum.max, sum.value, logit, inverse_t);
     const RowLoss loss = tokens.loss(row, logp, denominator);
@@ -164,7 +196,7 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row, float denominato
         return;
     }
     const float coefficient = loss.coefficient * inverse_t;
-    functions<T>().write_scaled(exps, references, sum, p.vocab, c, -coefficient / sum.value, grad);
+    functions<T>().write_scaled(kept, p.vocab, sum.max, c, -coefficient / sum.value, grad);
     write_target(grad, target, p.vocab, coefficient, exp2f((logit - sum.max) * c) / sum.value);
 }
 
@@ -175,7 +207,7 @@ void stats_row(const StatsParams& p, int64_t row) {
     float logit = 0.f;
     if (!p.targets.ignored(row) && (p.all_logprobs || p.weights.at(row) != 0.f)) {
         const T* logits = row_of<T>(p.logits, row);
-        sum = functions<T>().sum_of_exponentials(logits, p.vocab, kLog2e * inverse_temperature(p.temperature, row));
+        sum = functions<T>().exponentials(logits, p.vocab, kLog2e * inverse_temperature(p.temperature, row), kNothing);
         logit = target_logit(logits, p.targets.at(row), p.vocab);
     }
     p.stats[row] = sum.max;
@@ -213,19 +245,16 @@ struct RowStats {
     float mean;    // mean_j d_j
 };
 
-// exps: where the exponentials are kept, or null.
 template <class T>
-RowStats sweep(const T* logits, int64_t vocab, const Terms& terms, float inverse_t, float* exps,
-               Reference* references) {
+RowStats sweep(const T* logits, int64_t vocab, const Terms& terms, float inverse_t, Kept kept) {
     const RowFunctions<T>& f = functions<T>();
     const float c = kLog2e * inverse_t;
     RowStats out;
     if (terms.entropy || terms.softcap != 0.f) {
-        const SumAndMoment seen = f.moments(logits, vocab, c, terms.softcap, exps, references);
+        const SumAndMoment seen = f.moments(logits, vocab, c, terms.softcap, kept);
         out = {seen.sum.max, seen.sum.value, kLn2 * seen.moment, 0.f};
     } else {
-        const Sum sum =
-            exps ? f.exponentials(logits, vocab, c, exps, references) : f.sum_of_exponentials(logits, vocab, c);
+        const Sum sum = f.exponentials(logits, vocab, c, kept);
         out = {sum.max, sum.value, 0.f, 0.f};
     }
     if (terms.label_smoothing != 0.f) out.mean = f.mean_distance(logits, vocab, out.max, terms.softcap) * inverse_t;
@@ -269,16 +298,16 @@ RowSeen seen_of(const RowStats& stats, const Targets& targets, const Terms& term
 
 // The whole gradient of a row but its targets' elements, then these, formed in float32.
 template <class T>
-void write_terms(const T* logits, const float* exps, const Reference* references, int64_t vocab, const Targets& targets,
-                 const Terms& terms, float inverse_t, int64_t row, const RowStats& stats, float total,
-                 const Coefficients& by, TargetScratch& scratch, T* grad) {
+void write_terms(const T* logits, Kept kept, int64_t vocab, const Targets& targets, const Terms& terms, float inverse_t,
+                 int64_t row, const RowStats& stats, float total, const Coefficients& by, TargetScratch& scratch,
+                 T* grad) {
     const RowFunctions<T>& f = functions<T>();
     const float c = kLog2e * inverse_t, mean_d = stats.moment / stats.sum, factor = inverse_t / stats.sum;
     const float dense = by.zeta - by.g * total + by.h * mean_d, offset = by.s / vocab;
-    if (exps && by.h == 0.f && by.s == 0.f && terms.softcap == 0.f) {
-        f.write_scaled(exps, references, {stats.max, stats.sum}, vocab, c, dense * factor, grad);
+    if (kept.exps && by.h == 0.f && by.s == 0.f && terms.softcap == 0.f) {
+        f.write_scaled(kept, vocab, stats.max, c, dense * factor, grad);
     } else {
-        f.write_combination(logits, exps, references, vocab, stats.max, c, terms.softcap,
+        f.write_combination(logits, kept, vocab, stats.max, c, terms.softcap,
                             {dense * factor, -by.h * kLn2 * factor, offset * inverse_t}, grad);
     }
     std::vector<int64_t>& order = scratch.order;  // counting targets, equal ones side by side
@@ -303,16 +332,6 @@ void write_terms(const T* logits, const float* exps, const Reference* references
     }
 }
 
-// Where to keep the exponentials when the logits are needed again, beside them; null: nowhere, make them again. Over
-// the logits they can't lie, then, and a scratch row of float32 is one more stream through L2, which takes longer than
-// the exponentials; 16-bit logits have the scratch in any case. A softcap's tanh is made again with its exponential.
-template <class T>
-float* kept_exponentials(const T* logits, T* grad, int64_t vocab, const Terms& terms) {
-    const bool again = terms.entropy || terms.label_smoothing != 0.f;
-    const bool over = std::is_same<T, float>::value && static_cast<const void*>(grad) == logits;
-    return terms.softcap != 0.f || (again && over) ? nullptr : exponentials_of(grad, vocab);
-}
-
 template <class T>
 void terms_row(const LossAndGradParams& p, const Terms& terms, int64_t row, float denominator) {
     const int64_t n = p.logits.n;
@@ -329,15 +348,15 @@ void terms_row(const LossAndGradParams& p, const Terms& terms, int64_t row, floa
     if (read) {
         for (int64_t k = 0; k < targets.num; ++k) scratch.logits[k] = target_logit(logits, targets.at(row, k), p.vocab);
         const float inverse_t = inverse_temperature(p.temperature, row);
-        float* exps = kept_exponentials(logits, grad, p.vocab, terms);
-        const bool referred = exps || terms.entropy || terms.softcap != 0.f;  // else no sweep fills them in
-        Reference* references = referred ? references_of(p.vocab) : nullptr;
-        const RowStats stats = sweep(logits, p.vocab, terms, inverse_t, exps, references);
+        const bool again = terms.entropy || terms.label_smoothing != 0.f;
+        // a softcap's tanh is made again, and the exponential with it
+        const Kept kept = terms.softcap != 0.f ? kNothing : kept_exponentials(logits, grad, p.vocab, again);
+        const RowStats stats = sweep(logits, p.vocab, terms, inverse_t, kept);
         seen = seen_of<T>(stats, targets, terms, inverse_t, row, scratch);
         loss = terms_loss(tokens, terms, row, seen, denominator);
         if (!loss.by.none())
-            write_terms(logits, exps, references, p.vocab, targets, terms, inverse_t, row, stats, seen.total, loss.by,
-                        scratch, grad);
+            write_terms(logits, kept, p.vocab, targets, terms, inverse_t, row, stats, seen.total, loss.by, scratch,
+                        grad);
     }
     if (loss.by.none()) memset(static_cast<void*>(grad), 0, p.vocab * sizeof(T));
     for (int64_t k = 0; k < targets.num; ++k) p.logprobs[k * n + row] = scratch.logprobs[k];
@@ -351,9 +370,7 @@ void terms_stats_row(const StatsParams& p, const Terms& terms, int64_t row) {
     RowStats stats = {0.f, 1.f, 0.f, 0.f};
     const bool read = !p.targets.ignored(row) && (p.all_logprobs || p.weights.at(row) != 0.f);
     const T* logits = row_of<T>(p.logits, row);
-    if (read)
-        stats = sweep(logits, p.vocab, terms, inverse_temperature(p.temperature, row), static_cast<float*>(nullptr),
-                      static_cast<Reference*>(nullptr));
+    if (read) stats = sweep(logits, p.vocab, terms, inverse_temperature(p.temperature, row), kNothing);
     p.stats[row] = stats.max;
     p.stats[n + row] = stats.sum;
     for (int64_t k = 0; k < num; ++k)
@@ -401,13 +418,30 @@ void terms_grad_row(const GradParams& p, const Terms& terms, int64_t row) {
     const RowStats stats = saved_stats(p.stats, n, row, scratch, p.targets.num);
     const float inverse_t = inverse_temperature(p.temperature, row);
     const RowSeen seen = seen_of<T>(stats, p.targets, terms, inverse_t, row, scratch);
-    write_terms<T>(row_of<T>(p.logits, row), nullptr, nullptr, p.vocab, p.targets, terms, inverse_t, row, stats,
-                   seen.total, coefficients, scratch, grad);
+    write_terms<T>(row_of<T>(p.logits, row), kNothing, p.vocab, p.targets, terms, inverse_t, row, stats, seen.total,
+                   coefficients, scratch, grad);
     if (seen.logp != seen.logp)  // a target outside [0, V), whatever the coefficients, which need not be ours
         for (int64_t j = 0; j < p.vocab; ++j) functions<T>().store(grad + j, NAN);
 }
 
 }  // namespace
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : all_instruction_sets())
+        if (set.usable) names.push_back(set.name);
+    return names;
+}
+
+void use_instruction_set(const std::string& name) {
+    for (const InstructionSet& set : all_instruction_sets()) {
+        if (!set.usable || name != set.name) continue;
+        vocab_functions() = set.functions;
+        return;
+    }
+    throw std::invalid_argument("instruction set " + name + " does not exist or does not run here");
+}
+
 }  // namespace cpu
 
 void launch(const LossAndGradParams& p, const Terms* terms, uintptr_t) {

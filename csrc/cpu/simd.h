@@ -1,5 +1,5 @@
-// Sixteen lanes at a time, in the compiler's own vector types: it lowers them to what the instruction set has, one
-// register of 512 bits or four of 128.
+// One register at a time, in the compiler's own vector types. Not more: a vector that no register holds lives in
+// memory, and AVX2 then takes ten times as long.
 //
 // a * b + c, not fmaf: the compiler fuses it where the machine has FMA; fmaf and rint become library calls where not.
 #pragma once
@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -18,25 +18,36 @@
 namespace fused_losses {
 namespace cpu {
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 FL_INLINE Floats all(float x) { return x - Floats{}; }
 FL_INLINE Bits bits_of(Floats x) { return reinterpret_cast<Bits>(x); }
 FL_INLINE Floats floats_of(Bits u) { return reinterpret_cast<Floats>(u); }
 
-FL_INLINE Floats max_of(Floats a, Floats b) {  // b where either is NaN
+// b where either is NaN. For the plain expression GCC emits a comparison and a blend.
+FL_INLINE Floats max_of(Floats a, Floats b) {
 #if defined(__AVX512F__)
-    return _mm512_max_ps(a, b);  // for the line below GCC emits a comparison and a blend
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_max_ps(a, b);
 #else
     return a > b ? a : b;
 #endif
 }
 
-// Sixteen 16-bit elements, widened.
+// 16-bit elements, widened.
 FL_INLINE Bits load_halves(const void* p) {
     Halves h;
     memcpy(&h, p, sizeof h);
@@ -52,7 +63,6 @@ FL_INLINE Floats load(const float* p) {
     memcpy(&x, p, sizeof x);
     return x;
 }
-FL_INLINE Floats load(const BFloat16* p) { return floats_of(load_halves(p) << 16); }
 FL_INLINE Floats load(const Float16* p) {
     // Exponent and mantissa moved into place are the value times 2^-112, subnormals included. The product lifts inf and
     // NaN to 2^16 and up only: give them float's all-ones exponent.
@@ -63,11 +73,6 @@ FL_INLINE Floats load(const Float16* p) {
 }
 
 FL_INLINE void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
-FL_INLINE void store(BFloat16* p, Floats x) {  // to nearest even
-    const Bits u = bits_of(x);
-    const Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    store_halves(p, x == x ? rounded : Bits{} + 0x7fc0u);
-}
 FL_INLINE void store(Float16* p, Floats x) {  // to nearest even
     const Bits u = bits_of(x), magnitude = u & 0x7fffffffu;
     // Below 2^-14, adding 0.5 rounds at the last bit of a subnormal; above, add half a unit and rebias the exponent.
@@ -78,30 +83,75 @@ FL_INLINE void store(Float16* p, Floats x) {  // to nearest even
     store_halves(p, (magnitude >= 0x47800000u ? special : finite) | ((u >> 16) & 0x8000u));
 }
 
-// 2^f on [-0.5, 0.5], relative error 1.1e-7 (a float32 rounding is 6e-8).
-FL_INLINE Floats exp2_polynomial(Floats f) {
+// Several registers at a time, so that the additions of one do not wait for those of the last.
+constexpr int64_t kGroup = 4;
+constexpr int64_t kStep = kGroup * kLanes;
+
+struct Group {
+    Floats of[kGroup];
+};
+
+FL_INLINE Group group_of(float x) { return {{all(x), all(x), all(x), all(x)}}; }
+
+template <class T>
+FL_INLINE Group load_group(const T* p) {
+    Group x;
+    for (int64_t i = 0; i < kGroup; ++i) x.of[i] = load(p + i * kLanes);
+    return x;
+}
+
+template <class T>
+FL_INLINE void store_group(T* p, const Group& x) {
+    for (int64_t i = 0; i < kGroup; ++i) store(p + i * kLanes, x.of[i]);
+}
+
+// Of bfloat16 two registers share out the even and the odd elements: a shift and a mask are cheaper than widening. Only
+// what is stored as bfloat16 again gets the order of memory back.
+FL_INLINE Group load_group(const BFloat16* p) {
+    Group x;
+    for (int64_t i = 0; i < kGroup; i += 2) {
+        Bits pairs;
+        memcpy(&pairs, p + i * kLanes, sizeof pairs);
+        x.of[i] = floats_of(pairs << 16);
+        x.of[i + 1] = floats_of(pairs & 0xffff0000u);
+    }
+    return x;
+}
+
+FL_INLINE Bits rounded_to_bfloat16(Floats x) {  // to nearest even; in the upper half
+    const Bits u = bits_of(x);
+    return x == x ? u + 0x7fffu + ((u >> 16) & 1u) : Bits{} + 0x7fc00000u;
+}
+
+FL_INLINE void store_group(BFloat16* p, const Group& x) {
+    for (int64_t i = 0; i < kGroup; i += 2) {
+        const Bits even = rounded_to_bfloat16(x.of[i]), odd = rounded_to_bfloat16(x.of[i + 1]);
+        const Bits pairs = (even >> 16) | (odd & 0xffff0000u);
+        memcpy(static_cast<void*>(p + i * kLanes), &pairs, sizeof pairs);
+    }
+}
+
+// Where 2^x is taken to be 0, and x itself is still finite: products with it stay 0 for a logit of -inf. A NaN passes.
+constexpr float kLowest = -127.f;
+FL_INLINE Floats bounded(Floats x) { return max_of(all(kLowest), x); }
+
+// 2^x for x in [kLowest, 0], relative error 1.2e-7 (a float32 rounding is 6e-8), 0 at kLowest; NaN for NaN.
+FL_INLINE Floats exp2_bounded(Floats x) {
+    // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits, here as n + 127: the exponent field of
+    // 2^n. At kLowest the field is 0, and so is the product.
+    const float magic = 12582912.f + 127.f;
+    const Floats shifted = x + magic;
+    const Floats f = x - (shifted - magic);
     Floats p = f * 1.32647273e-3f + 9.67151299e-3f;
     p = p * f + 5.55073358e-2f;
     p = p * f + 2.40222424e-1f;
     p = p * f + 6.93147004e-1f;
-    return p * f + 1.f;
+    p = p * f + 1.f;
+    return p * floats_of(bits_of(shifted) << 23);
 }
 
-// 2^x for x <= 0. -inf gives 0, NaN gives NaN. Below 2^-126 the result is 0, with AVX-512 subnormal.
-FL_INLINE Floats exp2_nonpositive(Floats x) {
-#if defined(__AVX512DQ__)
-    constexpr int kNearest = 8;  // to an integer, no exceptions; vreduce gives 0 for -inf
-    const Floats f = _mm512_reduce_ps(x, kNearest);
-    return _mm512_scalef_ps(exp2_polynomial(f), _mm512_roundscale_ps(x, kNearest));
-#else
-    x = max_of(all(-127.f), x);
-    // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits, here as n + 127: the exponent field of
-    // 2^n. At n = -127 the field is 0, and so is the product.
-    const float magic = 12582912.f + 127.f;
-    const Floats shifted = x + magic;
-    return exp2_polynomial(x - (shifted - magic)) * floats_of(bits_of(shifted) << 23);
-#endif
-}
+// 2^x for x <= 0; -inf gives 0.
+FL_INLINE Floats exp2_nonpositive(Floats x) { return exp2_bounded(bounded(x)); }
 
 // tanh, relative error 2e-7: a polynomial near 0, where (1 - e) / (1 + e) would cancel.
 FL_INLINE Floats tanh_of(Floats x) {
@@ -120,15 +170,6 @@ FL_INLINE Floats tanh_slope_of(Floats x) {
     const Floats e = exp2_nonpositive(floats_of(bits_of(x) & 0x7fffffffu) * -2.88539008f);
     return 4.f * e / ((1.f + e) * (1.f + e));
 }
-
-// The first `count` lanes of x, -inf in the others.
-FL_INLINE Floats lanes_below(int64_t count, Floats x) {
-    for (int64_t i = 0; i < kLanes; ++i)
-        if (i >= count) x[i] = -__builtin_inff();
-    return x;
-}
-
-FL_INLINE float exp2_nonpositive(float x) { return exp2_nonpositive(all(x))[0]; }
 
 FL_INLINE float sum_of(Floats x) {
     float total = 0.f;

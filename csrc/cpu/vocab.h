@@ -35,42 +35,44 @@ struct Combination {
     float constant, slope, offset;
 };
 
-// Of a block of exponentials: the maximum of the logits up to its end, which they are relative to, and whether the
-// block may hold a logit of -inf.
-struct Reference {
-    float max;
-    bool infinite;
+// What the exponentials of a block are relative to: for each lane its maximum up to the block's end. So many numbers a
+// block, of which an instruction set uses as many as it has lanes.
+constexpr int64_t kReferences = 16;
+
+// Exponentials of 16-bit logits are kept in multiples of so many.
+constexpr int64_t kWhole = 64;
+
+// Where a sweep keeps the exponentials, and what they are relative to; exps null: nowhere.
+struct Kept {
+    float* exps;
+    float* references;
+    bool in_cache;  // or going to memory, as the row of a gradient that is not the logits'
 };
 
 template <class T>
 struct RowFunctions {
-    // exps_j = exp2((logits_j - references[j / kBlock].max) * c).
-    // One read of the logits, one exponential per element; scaling a block by exp2((reference - max) * c) completes it.
-    // exps may be the logits themselves.
-    Sum (*exponentials)(const T* logits, int64_t vocab, float c, float* exps, Reference* references);
-
-    // The same sum without keeping the exponentials.
-    Sum (*sum_of_exponentials)(const T* logits, int64_t vocab, float c);
+    // exps_j = exp2((logits_j - reference) * c): one read of the logits, one exponential per element; scaling a block's
+    // lanes by exp2((reference - max) * c) completes it. exps may be the logits.
+    Sum (*exponentials)(const T* logits, int64_t vocab, float c, Kept kept);
 
     // grad_j = factor * exps_j, completed block by block.
-    void (*write_scaled)(const float* exps, const Reference* references, Sum sum, int64_t vocab, float c, float factor,
-                         T* grad);
+    void (*write_scaled)(Kept kept, int64_t vocab, float max, float c, float factor, T* grad);
 
     // grad_j = factor * exp2((logits_j - max) * c); grad may be the logits.
     void (*write_exponentials)(const T* logits, int64_t vocab, float max, float c, float factor, T* grad);
 
     // ---- With terms: softcap 0 is none --------------------------------------------------------------------------
 
-    // As exponentials, with the moment. exps may be null: not kept; else it is not the logits.
-    SumAndMoment (*moments)(const T* logits, int64_t vocab, float c, float softcap, float* exps, Reference* references);
+    // As exponentials, with the moment; exps is not the logits, and with a softcap null.
+    SumAndMoment (*moments)(const T* logits, int64_t vocab, float c, float softcap, Kept kept);
 
     // mean_j y_j - y_max
     float (*mean_distance)(const T* logits, int64_t vocab, float max, float softcap);
 
-    // exps and references of `moments` or `exponentials`. exps null: made from the logits again, as they are with a
-    // softcap; references may be null then. grad may be the logits.
-    void (*write_combination)(const T* logits, const float* exps, const Reference* references, int64_t vocab, float max,
-                              float c, float softcap, Combination combination, T* grad);
+    // kept by `moments` or `exponentials`; exps null: made from the logits again, as they are with a softcap. grad may
+    // be the logits.
+    void (*write_combination)(const T* logits, Kept kept, int64_t vocab, float max, float c, float softcap,
+                              Combination combination, T* grad);
 
     // y of one logit, with the bits that the functions above give it.
     float (*capped)(float logit, float softcap);
