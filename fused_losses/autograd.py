@@ -94,24 +94,14 @@ class LogprobsAndEntropy(torch.autograd.Function):
 
 
 def _keep(ctx: Any, logits: Tensor, row: tuple[Any, ...], stats: Tensor, coefficients: Tensor) -> None:
-    target_tokens, _, tensors, values, flags = row[:5]
-    ctx.save_for_backward(logits, target_tokens, stats, coefficients, tensors[1], tensors[-1] if flags else None)
-    ctx.temperature_value = values[1]
-    ctx.softcap = values[-2] if flags else 0.0
+    target_tokens, _, columns, flags = row[:4]
+    tensors, ctx.values = ops.split((columns[1], columns[-1] if flags else 0.0))  # temperature, shares
+    ctx.save_for_backward(logits, target_tokens, stats, coefficients, *tensors)
+    ctx.softcap = columns[-2] if flags else 0.0
     ctx.backend = row[-1]
 
 
 def _gradient(ctx: Any, coefficients: Tensor, upstream: Tensor) -> Tensor:
     logits, target_tokens, stats, _, temperature, shares = ctx.saved_tensors
-    return ops.grad(
-        logits,
-        target_tokens,
-        stats,
-        coefficients,
-        upstream,
-        temperature,
-        ctx.temperature_value,
-        shares,
-        ctx.softcap,
-        ctx.backend,
-    )
+    columns = (ctx.values[0] if temperature is None else temperature,)
+    return ops.grad(logits, target_tokens, stats, coefficients, upstream, columns, shares, ctx.softcap, ctx.backend)

@@ -80,20 +80,18 @@ def objective_inputs(name: str, given: Mapping[str, Any], logits: Tensor) -> lis
     Limits that are None are infinite; those at the end are left out.
     """
     objective = OBJECTIVES[name]
-    columns = [column(key, given[key], logits) for key in objective.inputs]
-    for key in objective.bounds:
-        columns.append(column(key, given[key], logits))
-        if isinstance(columns[-1], float) and columns[-1] < 0:
-            raise ValueError(f"{key} must be at least 0, got {columns[-1]}")
-    limits: list[Column] = []
-    missing = 0
-    for key in objective.limits:
-        value = given[key]
-        missing = missing + 1 if value is None else 0
-        limits.append(math.inf if value is None else column(key, value, logits))
+    limits = objective.limits
+    while limits and given[limits[-1]] is None:
+        limits = limits[:-1]
+    columns = [column(key, given[key], logits) for key in objective.inputs + objective.bounds]
+    columns += [math.inf if given[key] is None else column(key, given[key], logits) for key in limits]
+    bounds = columns[len(objective.inputs) :]
+    for key, value in zip(objective.bounds, bounds, strict=False):
+        if isinstance(value, float) and value < 0:
+            raise ValueError(f"{key} must be at least 0, got {value}")
     if len(objective.bounds) == 2 and objective.bounds[0] == "clip_low_threshold":
-        clip(*columns[-2:])
-    return columns + limits[: len(limits) - missing]
+        clip(*bounds[:2])
+    return columns
 
 
 def clip(low: Column | None, high: Column | None) -> None:

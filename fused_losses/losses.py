@@ -372,7 +372,7 @@ def logprobs(
     row = (
         targets,
         "logprobs",
-        *ops.split((1.0, scale, 1.0, *columns)),
+        (1.0, scale, 1.0, *columns),
         flags,
         False,
         ignore_index,
@@ -426,7 +426,7 @@ def loss_of(name: str, given: Mapping[str, Any]) -> Tensor | tuple[Tensor, Outpu
     row = (
         targets,
         name,
-        *ops.split((weight, temperature, divisor, *inputs, *terms)),
+        (weight, temperature, divisor, *inputs, *terms),
         flags,
         mean,
         ignore_index,

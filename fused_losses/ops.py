@@ -1,13 +1,13 @@
 """The stages as ``torch.library`` operators, so that torch.compile and CUDA graphs see opaque, well-described nodes.
 
-Columns cross the dispatcher as two lists: a tensor or None, and the number that stands in for None. Their order is
-weights, temperature, denominator, the objective's inputs, then the columns of the terms, which have flags, too. The
-backend is resolved inside the operator.
+Columns are weights, temperature, denominator, the objective's inputs, then those of the terms, which have flags, too.
+They cross the dispatcher as two lists: a tensor or None, and the number that stands in for None. The backend is
+resolved inside the operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -34,8 +34,7 @@ def _loss_and_grad_into(
     logits: Tensor,
     target_tokens: Tensor,
     objective: str,
-    columns: list[Tensor | None],
-    values: list[float],
+    columns: tuple[Column, ...],
     flags: list[int],
     mean: bool,
     ignore_index: int,
@@ -43,7 +42,7 @@ def _loss_and_grad_into(
     validate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    (weights, temperature, denominator, *inputs), terms = unpack(_merge(columns, values), flags)
+    (weights, temperature, denominator, *inputs), terms = unpack(columns, flags)
     module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
     return module.loss_and_grad(
         logits,
@@ -62,7 +61,7 @@ def _loss_and_grad_into(
 
 
 def _loss_and_grad(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return *_loss_and_grad_into(gradient, _walkable(logits), *args), gradient
 
 
@@ -74,8 +73,7 @@ def _forward(
     logits: Tensor,
     target_tokens: Tensor,
     objective: str,
-    columns: list[Tensor | None],
-    values: list[float],
+    columns: tuple[Column, ...],
     flags: list[int],
     mean: bool,
     ignore_index: int,
@@ -84,7 +82,7 @@ def _forward(
     backend: str,
     reduce: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (weights, temperature, denominator, *inputs), terms = unpack(_merge(columns, values), flags)
+    (weights, temperature, denominator, *inputs), terms = unpack(columns, flags)
     module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
     stats = module.stats(_walkable(logits), target_tokens, weights, temperature, ignore_index, all_logprobs, terms)
     loss, logprobs, coefficients = module.objective(
@@ -109,20 +107,19 @@ def _grad(
     stats: Tensor,
     coefficients: Tensor,
     upstream: Tensor,
-    temperature: Tensor | None,
-    temperature_value: float,
+    columns: tuple[Column],
     shares: Tensor | None,
     softcap: float,
     backend: str,
 ) -> Tensor:
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     resolve(backend, logits.device).grad(
         _walkable(logits),
         target_tokens,
         stats,
         coefficients,
         upstream,
-        temperature_value if temperature is None else temperature,
+        columns[0],
         shares,
         softcap,
         gradient,
@@ -160,20 +157,33 @@ def _fake_forward(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor,
     )
 
 
-def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _define(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any], columns_at: int | None = None
+) -> Callable[..., Any]:
     """Register an operator; what is returned calls it where somebody watches or traces operators, else its function.
 
     The way through the dispatcher and back costs 10 us a call, a third of all that a loss adds to its kernels.
+    columns_at: the argument of the function, the first not counted, that is a tuple of columns.
     """
     name = schema.partition("(")[0]
+
+    def merged(tensor: Tensor, *args: Any) -> Any:
+        if columns_at is None:
+            return function(tensor, *args)
+        tensors, values = args[columns_at : columns_at + 2]
+        columns = tuple(v if t is None else t for t, v in zip(tensors, values, strict=True))
+        return function(tensor, *args[:columns_at], columns, *args[columns_at + 2 :])
+
     _library.define(schema)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, merged, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
     operator = getattr(torch.ops.fused_losses, name).default
 
     def call(tensor: Tensor, *args: Any) -> Any:
         plain = type(tensor) in (Tensor, torch.nn.Parameter)
         if torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack() > 0:
+            if columns_at is not None:
+                args = (*args[:columns_at], *split(args[columns_at]), *args[columns_at + 1 :])
             return operator(tensor, *args)
         return function(tensor, *args)
 
@@ -184,23 +194,27 @@ loss_and_grad = _define(
     f"loss_and_grad(Tensor logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
     _loss_and_grad,
     _fake_loss_and_grad,
+    columns_at=2,
 )
 loss_and_grad_inplace = _define(
     f"loss_and_grad_inplace(Tensor(a!) logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs)",
     _loss_and_grad_inplace,
     _fake_loss_and_grad_inplace,
+    columns_at=2,
 )
 forward = _define(
     f"forward(Tensor logits, {_ROW_ARGUMENTS}, bool reduce) "
     "-> (Tensor loss, Tensor logprobs, Tensor coefficients, Tensor stats)",
     _forward,
     _fake_forward,
+    columns_at=2,
 )
 grad = _define(
     "grad(Tensor logits, Tensor target_tokens, Tensor stats, Tensor coefficients, Tensor upstream, "
-    "Tensor? temperature, float temperature_value, Tensor? shares, float softcap, str backend) -> Tensor",
+    "Tensor?[] columns, float[] values, Tensor? shares, float softcap, str backend) -> Tensor",
     _grad,
     lambda logits, *args: logits.new_empty(logits.shape),
+    columns_at=4,
 )
 scale = _define(
     "scale(Tensor(a!) gradient, Tensor upstream, str backend) -> ()",
@@ -211,20 +225,8 @@ scale = _define(
 
 def split(columns: tuple[Column | None, ...]) -> tuple[list[Tensor | None], list[float]]:
     """Columns as the two lists that cross the dispatcher."""
-    tensors: list[Tensor | None] = []
-    values = []
-    for c in columns:
-        if isinstance(c, float):
-            tensors.append(None)
-            values.append(c)
-        else:
-            tensors.append(c)
-            values.append(0.0)
-    return tensors, values
-
-
-def _merge(tensors: list[Tensor | None], values: list[float]) -> list[Column]:
-    return [value if tensor is None else tensor for tensor, value in zip(tensors, values, strict=True)]
+    tensors = [None if isinstance(c, float) else c for c in columns]
+    return tensors, [c if isinstance(c, float) else 0.0 for c in columns]
 
 
 def _ready(
@@ -232,14 +234,14 @@ def _ready(
     target_tokens: Tensor,
     ignore_index: int,
     objective: str,
-    inputs: list[Column],
+    inputs: Sequence[Column],
     temperature: Column,
     validate: bool,
     backend: str,
 ) -> ModuleType:
     """The backend to run on, once the values it must not meet have been looked for, where that is free or asked for."""
     module = resolve(backend, logits.device)
-    if validate or logits.device.type == "cpu":
+    if validate or logits.is_cpu:
         checks.targets_in_range(target_tokens, logits.shape[-1], ignore_index)
     if validate:
         names = OBJECTIVES[objective].columns

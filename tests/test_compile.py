@@ -33,9 +33,10 @@ def _op_arguments(name: str, device: torch.device, backend: str, tensors: bool) 
     if name == "scale":
         return (logits.clone(), torch.tensor(3.0, device=device), backend)
     assert name == "grad"
-    _, _, coefficients, stats = ops.forward(logits, *rows, True)
-    temperature = torch.full((3,), 1.5, device=device) if tensors else None
-    return logits, rows[0], stats, coefficients, torch.ones(3, device=device), temperature, 1.5, None, 0.0, backend
+    _, _, coefficients, stats = torch.ops.fused_losses.forward(logits, *rows, True)
+    temperature = torch.full((3,), 1.5, device=device) if tensors else 1.5
+    columns = ops.split((temperature,))
+    return logits, rows[0], stats, coefficients, torch.ones(3, device=device), *columns, None, 0.0, backend
 
 
 OPERATORS = sorted(name for name, op in vars(torch.ops.fused_losses).items() if hasattr(op, "default"))
