@@ -144,13 +144,21 @@ FL_HD float times(float a, float b) { return a == 0.f || b == 0.f ? 0.f : a * b;
 // a derivative of 0 must survive an infinite weight / denominator
 FL_HD float scaled(float derivative, float factor) { return derivative == 0.f ? 0.f : derivative * factor; }
 
-FL_HD Loss kl(Kl type, float logp, float ref_logprob) {
-    const float difference = logp - ref_logprob;
-    if (type == Kl::k1) return {difference, 1.f};
-    if (type == Kl::k2) return {0.5f * difference * difference, difference};
-    if (type == Kl::abs) return {fabsf(difference), difference > 0.f ? 1.f : difference < 0.f ? -1.f : difference};
-    const float inverse = expf(-difference);  // logp -inf: KL is inf, not inf - inf
-    return {inverse + (difference == -INFINITY ? 0.f : difference) - 1.f, 1.f - inverse};
+// The estimate of KL, its derivative by logp, and the sum of both: the derivative of ratio * value is ratio * sum. For
+// k3 value and slope cancel in it, so it is formed by itself.
+struct Penalty {
+    float value, slope, sum;
+};
+
+FL_HD Penalty kl(Kl type, float logp, float ref_logprob) {
+    const float d = logp - ref_logprob;
+    if (type == Kl::k3) {
+        const float inverse = expf(-d);  // logp -inf: KL is inf, not inf - inf
+        return {inverse + (d == -INFINITY ? 0.f : d) - 1.f, 1.f - inverse, d};
+    }
+    const float value = type == Kl::k1 ? d : type == Kl::k2 ? 0.5f * d * d : fabsf(d);
+    const float slope = type == Kl::k1 ? 1.f : type == Kl::k2 ? d : d > 0.f ? 1.f : d < 0.f ? -1.f : d;
+    return {value, slope, value + slope};
 }
 
 FL_HD TermsLoss terms_loss(const Tokens& tokens, const Terms& terms, int64_t row, const RowSeen& seen,
@@ -161,16 +169,16 @@ FL_HD TermsLoss terms_loss(const Tokens& tokens, const Terms& terms, int64_t row
     const float importance = terms.importance_weights.at(row);
     loss = {times(importance, loss.value), times(importance, loss.g)};
     if (terms.kl_type != Kl::none) {
-        Loss penalty = kl(terms.kl_type, seen.logp, terms.ref_logprobs.at(row));
+        const Penalty penalty = kl(terms.kl_type, seen.logp, terms.ref_logprobs.at(row));
+        Loss added = {penalty.value, penalty.slope};
         if (terms.kl_weighted_by_ratio) {
             const LogRatio log_r = log_ratio(seen.logp, tokens.inputs[0].at(row), terms.log_ratio_clamp.at(row));
             const float ratio = expf(log_r.value);
-            penalty = {times(ratio, penalty.value), times(ratio, penalty.g)};
-            if (log_r.flows) penalty.g += penalty.value;
+            added = {times(ratio, penalty.value), times(ratio, log_r.flows ? penalty.sum : penalty.slope)};
         }
         const float coefficient = terms.kl_coef.at(row);
-        loss.value += times(coefficient, penalty.value);
-        loss.g += times(coefficient, penalty.g);
+        loss.value += times(coefficient, added.value);
+        loss.g += times(coefficient, added.g);
     }
     Coefficients by = {loss.g, 0.f, 0.f, 0.f};
     if (terms.entropy) {

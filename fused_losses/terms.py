@@ -105,12 +105,11 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
     value, g = times(terms.importance_weights, value), times(terms.importance_weights, g)
     h, zeta, s = (torch.zeros_like(g) for _ in range(3))
     if terms.kl_type != NO_KL:
-        penalty, slope = kl(logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+        penalty, slope, both = kl(logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
         if terms.kl_weighted_by_ratio:
             clamped, flows = log_ratio(logp, inputs[0], constant(terms.log_ratio_clamp, logp))
             ratio = torch.exp(clamped)
-            penalty, slope = times(ratio, penalty), times(ratio, slope)
-            slope = slope + penalty.where(flows, 0.0)
+            penalty, slope = times(ratio, penalty), times(ratio, torch.where(flows, both, slope))
         value, g = value + times(terms.kl_coef, penalty), g + times(terms.kl_coef, slope)
     if terms.entropy:
         value = value - times(terms.entropy_coef, seen.entropy)
@@ -125,22 +124,25 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
     return RowLoss(value, g.detach(), h, zeta.detach(), s)
 
 
-def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor, Tensor]:
-    """(estimate of KL(policy || reference) for a token sampled from the policy, its derivative by logp).
+def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(estimate of KL(policy || reference) for a token sampled from the policy, its derivative by logp, their sum).
 
-    k1 and k2 are the log ratio and half its square; k3 is unbiased and never negative. J. Schulman, "Approximating KL
+    The derivative of ratio * estimate is ratio * sum; for k3 the two cancel in it, so it is formed by itself. k1 and k2
+    are the log ratio and half its square; k3 is unbiased and never negative. J. Schulman, "Approximating KL
     Divergence", 2020, http://joschu.net/blog/kl-approx.html.
     """
     difference = logp - ref_logprobs
+    if kl_type == "k3":
+        inverse = torch.exp(-difference)
+        finite = difference.masked_fill(difference == -torch.inf, 0.0)  # logp is -inf: KL is inf, not inf - inf
+        return inverse + finite - 1, 1 - inverse, difference
     if kl_type == "k1":
-        return difference, torch.ones_like(logp)
-    if kl_type == "k2":
-        return difference**2 / 2, difference
-    if kl_type == "abs":
-        return difference.abs(), torch.where(torch.isnan(difference), difference, difference.sign())
-    inverse = torch.exp(-difference)
-    finite = difference.masked_fill(difference == -torch.inf, 0.0)  # logp is -inf: KL is inf, not inf - inf
-    return inverse + finite - 1, 1 - inverse
+        value, slope = difference, torch.ones_like(logp)
+    elif kl_type == "k2":
+        value, slope = difference**2 / 2, difference
+    else:
+        value, slope = difference.abs(), torch.where(torch.isnan(difference), difference, difference.sign())
+    return value, slope, value + slope
 
 
 def times(factor: Column, value: Tensor) -> Tensor:

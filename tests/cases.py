@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import reference
-from fused_losses.objectives import OBJECTIVES
+from fused_losses.objectives import OBJECTIVES, log_ratio
 from fused_losses.terms import KL_TYPES, Seen, Terms, kl, row_loss, times
 
 LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.is_loss)
@@ -300,7 +300,7 @@ def _loss_scale(case: Case) -> Tensor:
     (g,) = torch.autograd.grad(losses.sum(), x)
     scale = times(terms.importance_weights.abs(), losses.abs() + g.abs() * (spread + old))
     if terms.kl_type >= 0:
-        value, slope = kl(x, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+        value, slope, _ = kl(x, terms.ref_logprobs, KL_TYPES[terms.kl_type])
         size = 1 + value.abs() + (1 + slope.abs()) * (spread + terms.ref_logprobs.abs())
         if terms.kl_weighted_by_ratio:
             size = size * torch.exp(x - inputs[0]) * (spread + old)
@@ -346,10 +346,11 @@ def magnitude(case: Case, truth: Tensor) -> Tensor:
     # g is itself a sum, of the objective's and of the KL's
     parts = row_loss(formula, seen, inputs, terms._replace(kl_type=-1)).g.abs()
     if terms.kl_type >= 0:
-        value, slope = kl(seen.logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+        _, slope, both = kl(seen.logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
         penalty = 1 + slope.abs()
         if terms.kl_weighted_by_ratio:
-            penalty = (penalty + value.abs()) * torch.exp(seen.logp - inputs[0])
+            clamped, flows = log_ratio(seen.logp, inputs[0], terms.log_ratio_clamp)
+            penalty = (1 + torch.where(flows, both, slope).abs()) * torch.exp(clamped)
         parts = parts + times(terms.kl_coef.abs(), penalty)
     parts = parts[..., None]
     z = transformed(case)

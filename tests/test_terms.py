@@ -505,6 +505,26 @@ def test_unlikely_token(backend, device, kind):
     assert by_ratio[0] == 0.0 or kind == "k1"
 
 
+def test_ratio_times_k3_does_not_cancel(backend, device):
+    """d(r k3) = r (x - f): what k3 and its derivative are made of is 5e8 times as large here."""
+    logits = torch.tensor([[-22.0, 0.0, 0.0]], device=device, requires_grad=True)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    options = {"kl_coef": 1.0, "ref_logprobs": -2.5, "kl_weighted_by_ratio": True}
+    (got,) = torch.autograd.grad(fused_losses.ppo(logits, target, -20.0, 0.0, backend=backend, **options), logits)
+    (expected,) = torch.autograd.grad(reference.ppo(logits.double(), target, -20.0, 0.0, **options), logits)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
+
+
+def test_all_smooth_labels_ignore_the_target(backend, device):
+    """The target's own logprob, -inf here, has weight 0: an infinite loss by the spread, and no NaN."""
+    logits = torch.tensor([[-INF, 0.0, 1.0]], device=device, requires_grad=True)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    loss = fused_losses.cross_entropy(logits, target, label_smoothing=1.0, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == INF
+    torch.testing.assert_close(gradient, torch.softmax(logits.detach(), -1) - 1 / 3)
+
+
 def test_common_offset(backend, device):
     """Entropy and smoothing lose nothing to a large common offset."""
     for objective, options in (("ppo", {"entropy_coef": 0.5}), ("cross_entropy", {"label_smoothing": 0.3})):

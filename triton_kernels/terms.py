@@ -46,19 +46,23 @@ def times(a, b):
 
 @triton.jit
 def kl(logp, ref_logprob, KL_TYPE: tl.constexpr):
-    """(estimate of the KL divergence, its derivative by logp); KL_TYPE is an index in KL_TYPES."""
+    """(estimate of KL, its derivative by logp, their sum, in which k3's cancel); KL_TYPE is an index in KL_TYPES."""
     difference = logp - ref_logprob
-    if KL_TYPE == 0:  # k1
-        return difference, 1.0
-    elif KL_TYPE == 1:  # k2
-        return 0.5 * difference * difference, difference
-    elif KL_TYPE == 2:  # k3
+    if KL_TYPE == 2:  # k3
         inverse = tl.exp(-difference)
         finite = tl.where(difference == float("-inf"), 0.0, difference)  # logp -inf: KL is inf, not inf - inf
-        return inverse + finite - 1.0, 1.0 - inverse
-    else:  # abs
-        sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
-        return tl.abs(difference), sign
+        return inverse + finite - 1.0, 1.0 - inverse, difference
+    else:
+        if KL_TYPE == 0:  # k1
+            value = difference
+            slope = tl.zeros_like(difference) + 1.0
+        elif KL_TYPE == 1:  # k2
+            value = 0.5 * difference * difference
+            slope = difference
+        else:  # abs
+            value = tl.abs(difference)
+            slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+        return value, slope, value + slope
 
 
 @triton.jit
@@ -86,12 +90,11 @@ def row_loss(
     loss, g = OBJECTIVE(logp, *inputs)
     loss, g = times(importance_weight, loss), times(importance_weight, g)
     if KL_TYPE >= 0:
-        penalty, slope = kl(logp, ref_logprob, KL_TYPE)
+        penalty, slope, both = kl(logp, ref_logprob, KL_TYPE)
         if WEIGHTED_KL:
             log_r, flows = log_ratio(logp, inputs[0], log_ratio_clamp)
             ratio = tl.exp(log_r)
-            penalty, slope = times(ratio, penalty), times(ratio, slope)
-            slope += tl.where(flows, penalty, 0.0)
+            penalty, slope = times(ratio, penalty), times(ratio, tl.where(flows, both, slope))
         loss += times(kl_coef, penalty)
         g += times(kl_coef, slope)
     smoothing = tl.zeros_like(logp)
@@ -101,7 +104,7 @@ def row_loss(
         h = -entropy_coef
     if SMOOTHED:
         smoothing = label_smoothing * whole
-        loss = (1.0 - label_smoothing) * loss + smoothing * spread
+        loss = times(1.0 - label_smoothing, loss) + smoothing * spread
         g = (1.0 - label_smoothing) * g
     loss += times(z_loss, whole * lse * lse)
     zeta = smoothing + times(2.0 * z_loss, whole * lse)

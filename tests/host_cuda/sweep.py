@@ -292,16 +292,16 @@ def times(a, b):
 
 
 def kl(kind, x, ref):
-    """The estimate, its derivative by x, and the size of what they are formed of."""
+    """The estimate, its derivative by x, the sum of both, and the size of what the estimate is made of."""
     d = x - ref
     if kind == "k1":
-        return d, 1.0, 1 + abs(d)
+        return d, 1.0, d + 1, 1 + abs(d)
     if kind == "k2":
-        return d * d / 2, d, 1 + d * d
+        return d * d / 2, d, d * d / 2 + d, 1 + d * d
     if kind == "abs":
-        return abs(d), np.sign(d), 1 + abs(d)
+        return abs(d), np.sign(d), abs(d) + np.sign(d), 1 + abs(d)
     inverse = float(np.float32(np.exp(-d)))  # float32 overflows at d = -88
-    return inverse + (0.0 if d == -np.inf else d) - 1, 1 - inverse, 1 + inverse + abs(d)
+    return inverse + (0.0 if d == -np.inf else d) - 1, 1 - inverse, d, 1 + inverse + abs(d)
 
 
 def terms_loss(case, r, x, total, lse, entropy, spread):
@@ -313,12 +313,12 @@ def terms_loss(case, r, x, total, lse, entropy, spread):
     size = abs(value) + abs(g) * (1 + abs(x))
     h = zeta = s = 0.0
     if t.kl >= 0:
-        penalty, slope, parts = kl(KLS[t.kl], x, t.ref.all(case.n)[r])
+        penalty, slope, by_ratio, parts = kl(KLS[t.kl], x, t.ref.all(case.n)[r])
         if t.weighted:
             log_ratio, clamp = x - given["old"], t.clamp.all(case.n)[r]
             ratio = np.exp(min(max(log_ratio, -clamp), clamp))
-            penalty, slope, parts = times(ratio, penalty), times(ratio, slope), times(ratio, parts)
-            slope += penalty if abs(log_ratio) <= clamp else 0.0
+            slope = times(ratio, by_ratio if abs(log_ratio) <= clamp else slope)
+            penalty, parts = times(ratio, penalty), times(ratio, parts)
         coefficient = t.kl_coef.all(case.n)[r]
         value, g = value + times(coefficient, penalty), g + times(coefficient, slope)
         size += 2 * abs(coefficient) * parts
