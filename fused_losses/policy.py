@@ -75,7 +75,7 @@ def gspo(
     ``exp(sg(m) + x - sg(x))`` for ``ratio_gradient="token"``, as in the paper's GSPO-token, verl, SkyRL and Tinker; and
     ``exp(m)``, with a gradient through the mean, for "sequence", as in TRL, Liger and NeMo-RL. The values are the same.
     Zheng et al., "Group Sequence Policy Optimization", 2025, https://arxiv.org/abs/2507.18071, whose bounds are as
-    close to 1 as 0.9997 and 1.0004.
+    close to 1 as 0.9997 and 1.0004. ``kl_weighted_by_ratio`` weights by this ratio, too, as TRL does.
 
     Args:
         {common}
@@ -184,7 +184,8 @@ def sapo(
         {policy}
         tau_positive, tau_negative: steepness of the gate, greater than 0; numbers or per-token tensors. Default 1 and
             1.05.
-        ratio_level: "token", one pass; or "sequence", r being the ratio of :func:`gspo`, two phase. Default "token".
+        ratio_level: "token", one pass; or "sequence", two phase, r being the ratio of :func:`gspo`, also where it
+            weights the KL. Default "token".
         {sequences} For "sequence" only.
         ratio_gradient: "token" or "sequence", as for :func:`gspo`. Default "token".
         {terms}
@@ -442,8 +443,11 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
     zero = torch.zeros_like(logp)
     entropies = zero if entropy is None else torch.where(active, entropy, 0.0)
     seen = Seen(torch.where(active, logp, 0.0), zero, entropies, zero, 1.0)
-    old_logprobs = [columns["old_logprobs"]] if penalised and given["kl_weighted_by_ratio"] else []
-    per_token = row_loss(lambda *_: (zero if whole_batch else value, zero), seen, old_logprobs, terms).value
+    old_logprobs = columns.get("old_logprobs", zero)
+    if "ratio_gradient" in given and terms.kl_weighted_by_ratio:  # what makes the sequence's ratio of logp
+        sequence = _sequence_log_ratio(torch.where(read, logp, 0.0), given | columns, active)
+        old_logprobs = torch.where(seen.logp == -torch.inf, 0.0, seen.logp - sequence)
+    per_token = row_loss(lambda *_: (zero if whole_batch else value, zero), seen, [old_logprobs], terms).value
     weight = columns.get("weights", torch.ones_like(logp)).masked_fill(~active, 0.0)
     losses_ = torch.where(active, weight * per_token, 0.0)
     loss = reduced(losses_, weight, reduction, given["denominator"])

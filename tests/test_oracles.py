@@ -102,6 +102,13 @@ TRL_CASES: dict[str, dict[str, Any]] = {
     "asymmetric clip and delta": {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.5, "delta": 2.0},
     "KL": {"loss_type": "bnpo", "beta": 0.3, "use_bias_correction_kl": False},
     "KL weighted by the ratio": {"loss_type": "bnpo", "beta": 0.3},
+    "gspo, KL": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "beta": 0.3,
+        "use_bias_correction_kl": False,
+    },
+    "gspo, KL weighted": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.3},
 }
 
 

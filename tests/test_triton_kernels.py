@@ -1016,7 +1016,7 @@ MUTANTS = [
     ("grad.py", "is_any(outside)", "is_any(outside & (counts == 0))"),
     ("terms.py", "tl.where((a == 0) | (b == 0), 0.0, a * b)", "a * b"),
     ("terms.py", 'tl.where(difference == float("-inf"), 0.0, difference)', "difference"),
-    ("terms.py", "tl.where(flows, penalty, 0.0)", "penalty"),
+    ("terms.py", "tl.where(flows, both, slope)", "both"),
     ("terms.py", "& (target != ignore_index)", "& (target >= 0)"),
     ("terms.py", "range(0, num_targets, CHUNK)", "range(0, CHUNK, CHUNK)"),
     ("terms.py", "h, zeta = nan_unless(valid, h, zeta)", "h, zeta = h, zeta"),
