@@ -153,22 +153,51 @@ FL_INLINE Floats exp2_bounded(Floats x) {
 // 2^x for x <= 0; -inf gives 0.
 FL_INLINE Floats exp2_nonpositive(Floats x) { return exp2_bounded(bounded(x)); }
 
-// tanh, relative error 2e-7: a polynomial near 0, where (1 - e) / (1 + e) would cancel.
-FL_INLINE Floats tanh_of(Floats x) {
-    const Floats magnitude = floats_of(bits_of(x) & 0x7fffffffu), square = x * x;
-    Floats p = square * -6.104945671e-3f + 2.100363933e-2f;
-    p = p * square + -5.385249853e-2f;
-    p = p * square + 1.333278269e-1f;
-    p = p * square + -3.333332837e-1f;
-    const Floats e = exp2_nonpositive(magnitude * -2.88539008f);  // e^-2|x|
-    const Floats far = floats_of(bits_of((1.f - e) / (1.f + e)) | (bits_of(x) & 0x80000000u));
-    return magnitude < 0.625f ? x + x * (square * p) : far;
+// Whether any lane of x is above the bound.
+FL_INLINE bool any_above(Floats x, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(x, all(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, all(bound), _CMP_GT_OQ)) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(_mm_cmpgt_ps(x, all(bound))) != 0;
+#else
+    bool any = false;
+    for (int64_t i = 0; i < kLanes; ++i) any |= x[i] > bound;
+    return any;
+#endif
 }
 
-// Its derivative; 1 - tanh^2 would cancel where tanh is near 1.
-FL_INLINE Floats tanh_slope_of(Floats x) {
-    const Floats e = exp2_nonpositive(floats_of(bits_of(x) & 0x7fffffffu) * -2.88539008f);
-    return 4.f * e / ((1.f + e) * (1.f + e));
+struct Tanh {
+    Group value, slope;
+};
+
+// tanh, relative error 2.5e-7, and its derivative: near 0 a polynomial, where (1 - e) / (1 + e) would cancel; far from
+// it not 1 - tanh^2, which would. Logits are seldom so large as to need the second.
+FL_INLINE Tanh tanh_of(const Group& x) {
+    constexpr float kNear = 0.625f;
+    Tanh out;
+    Group magnitude;
+    for (int64_t i = 0; i < kGroup; ++i) {
+        magnitude.of[i] = floats_of(bits_of(x.of[i]) & 0x7fffffffu);
+        const Floats square = x.of[i] * x.of[i];
+        Floats p = square * -6.104945671e-3f + 2.100363933e-2f;
+        p = p * square + -5.385249853e-2f;
+        p = p * square + 1.333278269e-1f;
+        p = p * square + -3.333332837e-1f;
+        out.value.of[i] = x.of[i] + x.of[i] * (square * p);
+        out.slope.of[i] = 1.f - out.value.of[i] * out.value.of[i];
+    }
+    const Floats largest = max_of(max_of(magnitude.of[0], magnitude.of[1]), max_of(magnitude.of[2], magnitude.of[3]));
+    if (!any_above(largest, kNear)) return out;
+    for (int64_t i = 0; i < kGroup; ++i) {
+        const Floats e = exp2_nonpositive(magnitude.of[i] * -2.88539008f);  // e^-2|x|
+        const Floats inverse = 1.f / (1.f + e);
+        const Floats value = floats_of(bits_of((1.f - e) * inverse) | (bits_of(x.of[i]) & 0x80000000u));
+        out.value.of[i] = magnitude.of[i] > kNear ? value : out.value.of[i];
+        out.slope.of[i] = magnitude.of[i] > kNear ? 4.f * e * (inverse * inverse) : out.slope.of[i];
+    }
+    return out;
 }
 
 FL_INLINE float sum_of(Floats x) {

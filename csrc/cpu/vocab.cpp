@@ -72,14 +72,40 @@ FL_INLINE void prefetch_group(const T* group, int64_t distance, bool far) {
 // ---- Reading a row
 // ---------------------------------------------------------------------------------------------------
 
+struct Cap {
+    float softcap, inverse;
+
+    explicit FL_INLINE Cap(float softcap) : softcap(softcap), inverse(softcap != 0.f ? 1.f / softcap : 0.f) {}
+
+    FL_INLINE Tanh tanh(const Group& x) const {
+        Group scaled;
+        for (int64_t i = 0; i < kGroup; ++i) scaled.of[i] = x.of[i] * inverse;
+        return tanh_of(scaled);
+    }
+    FL_INLINE Group capped(const Group& x) const {
+        Group y = tanh(x).value;
+        for (int64_t i = 0; i < kGroup; ++i) y.of[i] *= softcap;
+        return y;
+    }
+};
+
 template <bool with_cap>
-FL_INLINE Floats capped(Floats x, float softcap) {
-    return with_cap ? softcap * tanh_of(x * (1.f / softcap)) : x;
+FL_INLINE Group capped(const Group& x, Cap cap) {
+    return with_cap ? cap.capped(x) : x;
 }
 
-float cap_slope(float logit, float softcap) { return softcap != 0.f ? tanh_slope_of(all(logit / softcap))[0] : 1.f; }
+template <bool with_cap>
+FL_INLINE Floats capped(Floats x, Cap cap) {
+    return with_cap ? cap.capped({{x, x, x, x}}).of[0] : x;
+}
 
-float capped_one(float logit, float softcap) { return softcap != 0.f ? capped<true>(all(logit), softcap)[0] : logit; }
+float cap_slope(float logit, float softcap) {
+    return softcap != 0.f ? Cap(softcap).tanh(group_of(logit)).slope.of[0][0] : 1.f;
+}
+
+float capped_one(float logit, float softcap) {
+    return softcap != 0.f ? Cap(softcap).capped(group_of(logit)).of[0][0] : logit;
+}
 
 FL_INLINE Floats merged_sum(const Group& x) { return (x.of[0] + x.of[1]) + (x.of[2] + x.of[3]); }
 
@@ -112,14 +138,14 @@ struct LaneSums {
 constexpr int64_t kNear = 2048, kFar = 8192;  // bytes
 
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float c, float softcap, float* exps,
-                              int64_t far) {
+FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float c, Cap cap, float* exps, int64_t far) {
     Group total = {}, moment = {};
     for_each_group(block, n, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
         prefetch_group(block + j, kNear, false);
         prefetch_group(block + j, far, true);
+        const Group y = capped<with_cap>(x, cap);
         Group d, e;
-        for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (capped<with_cap>(x.of[i], softcap) - reference) * c;
+        for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
         if (with_cap && count < kStep) {  // a capped -inf is finite
             const Group not_padding = inside<T>(count);
             for (int64_t i = 0; i < kGroup; ++i) d.of[i] += not_padding.of[i];
@@ -136,16 +162,16 @@ FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float
 }
 
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, float softcap, Kept kept) {
-    Floats max = all(-FLT_MAX), reference = capped<with_cap>(max, softcap);
+FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, Cap cap, Kept kept) {
+    Floats max = all(-FLT_MAX), reference = capped<with_cap>(max, cap);
     LaneSums sums = {};
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         const int64_t n = block_size(vocab, begin);
         max = lane_max(logits + begin, n, max);
         const Floats lower = reference;
-        reference = capped<with_cap>(max, softcap);
+        reference = capped<with_cap>(max, cap);
         sums.move(bounded((lower - reference) * c));
-        const LaneSums seen = block_sums<with_moment, with_cap, keep>(logits + begin, n, reference, c, softcap,
+        const LaneSums seen = block_sums<with_moment, with_cap, keep>(logits + begin, n, reference, c, cap,
                                                                       keep ? kept.exps + begin : nullptr,
                                                                       keep && !kept.in_cache ? kNear : kFar);
         sums.sum += seen.sum;
@@ -153,34 +179,35 @@ FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, float soft
         if (keep) store(kept.references + begin / kBlock * kReferences, max);
     }
     const float top = max_of(max);
-    sums.move(bounded((reference - capped<with_cap>(all(top), softcap)) * c));
+    sums.move(bounded((reference - capped<with_cap>(all(top), cap)) * c));
     return {{top, sum_of(sums.sum)}, sum_of(sums.moment)};
 }
 
 template <class T>
 Sum exponentials(const T* logits, int64_t vocab, float c, Kept kept) {
-    return (kept.exps ? sweep<false, false, true>(logits, vocab, c, 0.f, kept)
-                      : sweep<false, false, false>(logits, vocab, c, 0.f, kept))
+    return (kept.exps ? sweep<false, false, true>(logits, vocab, c, Cap(0.f), kept)
+                      : sweep<false, false, false>(logits, vocab, c, Cap(0.f), kept))
         .sum;
 }
 
 template <class T>
 SumAndMoment moments(const T* logits, int64_t vocab, float c, float softcap, Kept kept) {
-    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, softcap, kept);
-    return kept.exps ? sweep<true, false, true>(logits, vocab, c, softcap, kept)
-                     : sweep<true, false, false>(logits, vocab, c, softcap, kept);
+    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, Cap(softcap), kept);
+    return kept.exps ? sweep<true, false, true>(logits, vocab, c, Cap(softcap), kept)
+                     : sweep<true, false, false>(logits, vocab, c, Cap(softcap), kept);
 }
 
 template <bool with_cap, class T>
-FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, float softcap) {
-    const float reference = capped<with_cap>(all(max), softcap)[0];
+FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, Cap cap) {
+    const float reference = capped<with_cap>(all(max), cap)[0];
     double sum = 0.0;
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         Group total = {};
         for_each_group(
             logits + begin, block_size(vocab, begin),
             [&](const Group& x, int64_t, int64_t) __attribute__((always_inline)) {
-                for (int64_t i = 0; i < kGroup; ++i) total.of[i] += capped<with_cap>(x.of[i], softcap) - reference;
+                const Group y = capped<with_cap>(x, cap);
+                for (int64_t i = 0; i < kGroup; ++i) total.of[i] += y.of[i] - reference;
             },
             max);
         sum += sum_of(merged_sum(total));
@@ -190,8 +217,8 @@ FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, floa
 
 template <class T>
 float mean_distance(const T* logits, int64_t vocab, float max, float softcap) {
-    return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, softcap)
-                          : mean_distance_of<false>(logits, vocab, max, softcap);
+    return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, Cap(softcap))
+                          : mean_distance_of<false>(logits, vocab, max, Cap(softcap));
 }
 
 // ---- Writing its gradient
@@ -243,15 +270,15 @@ void combination_of_kept(const T* logits, Kept kept, int64_t vocab, float max, f
 }
 
 template <bool with_cap, class T>
-FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, float c, float softcap, Combination by,
-                                 T* grad) {
-    const float top = capped<with_cap>(all(max), softcap)[0], inverse_cap = with_cap ? 1.f / softcap : 0.f;
+FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, float c, Cap cap, Combination by, T* grad) {
+    const float top = capped<with_cap>(all(max), cap)[0];
     for_each_group(logits, vocab, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
+        const Tanh tanh = with_cap ? cap.tanh(x) : Tanh{};
         Group out;
         for (int64_t i = 0; i < kGroup; ++i) {
-            const Floats d = bounded((capped<with_cap>(x.of[i], softcap) - top) * c);
+            const Floats y = with_cap ? cap.softcap * tanh.value.of[i] : x.of[i], d = bounded((y - top) * c);
             out.of[i] = exp2_bounded(d) * (by.constant + by.slope * d) + by.offset;
-            if (with_cap) out.of[i] *= tanh_slope_of(x.of[i] * inverse_cap);
+            if (with_cap) out.of[i] *= tanh.slope.of[i];
         }
         store_first(grad + j, count, out);
     });
@@ -260,9 +287,9 @@ FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, floa
 template <class T>
 void combination(const T* logits, Kept kept, int64_t vocab, float max, float c, float softcap, Combination by,
                  T* grad) {
-    if (softcap != 0.f) return combination_again<true>(logits, vocab, max, c, softcap, by, grad);
+    if (softcap != 0.f) return combination_again<true>(logits, vocab, max, c, Cap(softcap), by, grad);
     if (kept.exps) return combination_of_kept(logits, kept, vocab, max, c, by, grad);
-    return combination_again<false>(logits, vocab, max, c, softcap, by, grad);
+    return combination_again<false>(logits, vocab, max, c, Cap(0.f), by, grad);
 }
 
 template <class T>
