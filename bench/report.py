@@ -348,6 +348,34 @@ def gpu_latency(device: Device) -> tuple[str, list[Record]]:
     return markdown(["case", "", *fields], rows), records
 
 
+LOSSES = {"": "plain", "Identity": "with terms", "Softcap": "with terms and a softcap"}
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float": "fp32"}
+
+
+def machine_code(files: list[Path]) -> str:
+    """Instructions per element of one pass, the sum and the gradient together, of the newest file."""
+    read = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+    if not read:
+        return markdown(["CUDA kernels", ""], [["any architecture", NOT_MEASURED]])
+    newest = max(read, key=lambda records: records[0]["date"])
+    one_pass = [r for r in newest if r["kernel"].endswith("loss_and_grad_kernel")]
+    architectures = sorted({r["architecture"] for r in one_pass}, key=lambda a: int(re.sub(r"\D", "", a)))
+
+    def per_element(transform: str, dtype: str, architecture: str) -> str:
+        (r,) = where(one_pass, transform=transform, dtype=dtype, architecture=architecture)
+        loops = r["instructions_per_element"]
+        return f"{loops['sum'] + loops['map']:.1f}, {r['registers']}"
+
+    rows = [
+        [f"{loss}, {element}", *(per_element(transform, dtype, a) for a in architectures)]
+        for transform, loss in LOSSES.items()
+        for dtype, element in ELEMENTS.items()
+    ]
+    first = newest[0]
+    changed = " with uncommitted changes" if first["dirty"] else ""
+    return f"{markdown(['one pass', *architectures], rows)}\n\n<sub>commit {first['commit']}{changed}.</sub>"
+
+
 Table = Callable[[Device], tuple[str, list[Record]]]
 TABLES: dict[str, tuple[str, Table]] = {
     "cpu": ("cpu", cpu_times),
@@ -471,7 +499,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     devices = load(options.records or sorted(options.results.glob("*.jsonl")))
-    texts = tables(devices)
+    texts = tables(devices) | {"machine-code": machine_code(sorted(options.results.glob("machine_code/*.jsonl")))}
     old = options.readme.read_text() if options.readme.exists() else ""
     new, found = spliced(old, texts)
     if options.check:
