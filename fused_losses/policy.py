@@ -248,11 +248,24 @@ def policy_loss(
         {terms} A function has old_logprobs as the first of its inputs where ``kl_weighted_by_ratio`` asks for them.
         {keywords}
     """
-    return _dispatched(locals())
+    return _dispatched(*named(locals()))
 
 
-def _dispatched(given: dict[str, Any]) -> Tensor | tuple[Tensor, Outputs]:
-    """A function as it is; a name or an Objective by the names of its columns. given: policy_loss's arguments."""
+def _dispatched(objective: Objective | None, given: dict[str, Any]) -> Tensor | tuple[Tensor, Outputs]:
+    if objective is None:
+        return composed(given, of_user)
+    name, logits, backend = objective.name, given["logits"], checks.backend(given["backend"])
+    checks.logits_and_targets(logits, given["target_tokens"])
+    if backend == "auto" and objective.triton is not None and logits.is_cuda:
+        given["backend"] = backend = "triton" if unusable("triton", logits.device) is None else "auto"
+    if name in _OURS or _one_pass(objective, backend, logits.device):
+        return loss_of(name, given)
+    checks.objective_inputs(name, given, logits)
+    return composed(given | {"objective": objective}, _of_formula)
+
+
+def named(given: dict[str, Any]) -> tuple[Objective | None, dict[str, Any]]:
+    """(the objective, None for a function; the arguments of policy_loss with its columns by name)"""
     objective, inputs, weighted = given["objective"], given["inputs"], given["kl_weighted_by_ratio"]
     defaults: dict[str, Any] = {}
     if isinstance(objective, str):
@@ -269,7 +282,7 @@ def _dispatched(given: dict[str, Any]) -> Tensor | tuple[Tensor, Outputs]:
             raise ValueError(f"objective: its inputs can't be called {taken}, which are arguments of policy_loss")
         OBJECTIVES[objective.name] = objective  # the operators know it by its name
     elif callable(objective):
-        return composed(given | {"old_logprobs": inputs[0] if inputs and weighted else None}, _of_user)
+        return None, given | {"old_logprobs": inputs[0] if inputs and weighted else None}
     else:
         raise TypeError(f"objective must be a function, an Objective or a name, got {type(objective).__name__}")
 
@@ -284,15 +297,7 @@ def _dispatched(given: dict[str, Any]) -> Tensor | tuple[Tensor, Outputs]:
         raise ValueError(f"kl_weighted_by_ratio needs old_logprobs as the first input, {name} has {names}")
     if given["log_ratio_clamp"] is not None:
         columns["log_ratio_clamp"] = given["log_ratio_clamp"]
-    given = given | columns
-    logits, backend = given["logits"], checks.backend(given["backend"])
-    checks.logits_and_targets(logits, given["target_tokens"])
-    if backend == "auto" and objective.triton is not None and logits.is_cuda:
-        given["backend"] = backend = "triton" if unusable("triton", logits.device) is None else "auto"
-    if name in _OURS or _one_pass(objective, backend, logits.device):
-        return loss_of(name, given)
-    checks.objective_inputs(name, given, logits)
-    return composed(given | {"objective": objective}, _of_formula)
+    return objective, given | columns
 
 
 def _one_pass(objective: Objective, backend: str, device: torch.device) -> bool:
@@ -365,7 +370,7 @@ def _ratio_mask(given: Mapping[str, Any], active: Tensor) -> Tensor:
     return (mask != 0) & (given["target_tokens"] != given["ignore_index"])
 
 
-def _of_user(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
+def of_user(logp: Tensor, given: Mapping[str, Any], active: Tensor) -> Tensor:
     loss = given["objective"](logp, *given["inputs"])
     if not isinstance(loss, Tensor) or loss.shape not in (logp.shape, ()):
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -93,8 +93,11 @@ def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor
     def column(value: Tensor | float | None, default: float = 0.0) -> Tensor:
         return constant(value, default).masked_fill(~active, 0.0)
 
-    limits = [constant(given[name], math.inf).masked_fill(~active, math.inf) for name in objective.limits]
-    inputs = [*(column(given[name]) for name in objective.inputs + objective.bounds), *limits]
+    def limit(name: str) -> Tensor:
+        return constant(given[name], math.inf).masked_fill(~active, math.inf)
+
+    inputs = [column(given[name]) for name in objective.inputs + objective.bounds]
+    inputs += [limit(name) for name in objective.limits]
     if objective.name == "cross_entropy":
         terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
     else:
@@ -104,7 +107,7 @@ def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor
             column(given["ref_logprobs"]),
             column(given["kl_coef"]),
             column(given["entropy_coef"]),
-            limits[0],
+            limit("log_ratio_clamp"),
             kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
             kl_weighted_by_ratio=given["kl_weighted_by_ratio"],
             entropy=entropy,
@@ -113,24 +116,30 @@ def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor
     return torch.where(active, weight * value, 0.0), weight
 
 
+def _reduced(objective: Objective, given: dict[str, Any]) -> Any:
+    """What the public function returns."""
+    per_token, weights = _losses(objective, given)
+    loss = reduced(per_token, weights, given["reduction"], given["denominator"])
+    if not given["return_outputs"]:
+        return loss
+    with torch.no_grad():
+        seen = token_stats(given["logits"], given["target_tokens"], **_transforms(given))
+    entropy = seen.entropy if "entropy_coef" in given and losses.asked_terms(given)[1] else None
+    return loss, Outputs(seen.logp, entropy, Call.of(given))
+
+
+def _arguments(public: Callable[P, R], args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(public).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
 def _eager(public: Callable[P, R]) -> Callable[P, R]:
     """The eager counterpart of a public loss: its signature, the formula of its objective."""
-    objective = OBJECTIVES[public.__name__]
-    signature = inspect.signature(public)
 
     @wraps(public)
     def reference(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        per_token, weights = _losses(objective, given)
-        loss = reduced(per_token, weights, given["reduction"], given["denominator"])
-        if not given["return_outputs"]:
-            return loss
-        with torch.no_grad():
-            seen = token_stats(given["logits"], given["target_tokens"], **_transforms(given))
-        entropy = seen.entropy if "entropy_coef" in given and losses.asked_terms(given)[1] else None
-        return loss, Outputs(seen.logp, entropy, Call.of(given))
+        return _reduced(OBJECTIVES[public.__name__], _arguments(public, args, kwargs))
 
     return reference
 
@@ -145,13 +154,10 @@ _token_sapo = _eager(policy.sapo)
 
 def _composed(public: Callable[P, R], objective: policy.TorchObjective) -> Callable[P, R]:
     """The same for a loss that is composed of torch operations on the logprobs: with the logprobs below."""
-    signature = inspect.signature(public)
 
     @wraps(public)
     def reference(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return policy.composed(bound.arguments, objective, logprobs)
+        return policy.composed(_arguments(public, args, kwargs), objective, logprobs)
 
     return reference
 
@@ -164,6 +170,12 @@ _sequence_sapo = _composed(policy.sapo, policy.sequence_sapo_objective)
 @wraps(policy.sapo)
 def sapo(*args: Any, ratio_level: str = "token", **kwargs: Any) -> Any:
     return (_token_sapo if ratio_level == "token" else _sequence_sapo)(*args, **kwargs)
+
+
+@wraps(policy.policy_loss)
+def policy_loss(*args: Any, **kwargs: Any) -> Any:
+    objective, given = policy.named(_arguments(policy.policy_loss, args, kwargs))
+    return policy.composed(given, policy.of_user, logprobs) if objective is None else _reduced(objective, given)
 
 
 @wraps(losses.logprobs)

@@ -253,6 +253,24 @@ def test_function_per_token(backend, device, terms):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("terms", TERMS)
+def test_reference_of_policy_loss(terms):
+    """A function, an Objective and a name are the same in the reference, too, in float64 here."""
+    case = make("ppo", (2, 3), 31)
+    old, advantages = case.keywords["old_logprobs"], case.keywords["advantages"]
+    results = []
+    for objective in (clipped, "ppo", OBJECTIVES["ppo"], None):
+        leaf = case.storage.double().requires_grad_()
+        given = (leaf, case.target_tokens, *([] if objective is None else [objective]), old, advantages)
+        bounds = (0.8, 1.2) if isinstance(objective, Objective) else ()
+        function = reference.ppo if objective is None else reference.policy_loss
+        loss, outputs = function(*given, *bounds, return_outputs=True, **TERMS[terms])
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad, outputs.logprobs))
+    for result in results[:-1]:
+        torch.testing.assert_close(result, results[-1], rtol=1e-12, atol=1e-14)
+
+
 def test_function_of_the_whole_batch(backend, device):
     """A 0-d loss, DPO's here, whose tokens depend on each other; KL and entropy are added to it."""
     logits = torch.randn(4, 5, 31, device=device)
