@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ from .version import __version__
 # Of cross entropy, and of the policy losses.
 TERMS = (
     {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 0.001},
-    {"softcap": 20.0, "entropy_coef": 0.01, "ref_logprobs": -8.0, "kl_coef": 0.1, "kl_type": "k2"},
+    {
+        "softcap": 20.0,
+        "entropy_coef": 0.01,
+        "ref_logprobs": -8.0,
+        "kl_coef": 0.1,
+        "kl_type": "k2",
+        "kl_weighted_by_ratio": True,
+    },
 )
 
 
@@ -55,7 +63,7 @@ def self_test(backend: str, device: torch.device) -> dict[str, Any]:
             continue
         for dtype in dtypes:
             logits, target_tokens, inputs = sample(objective.inputs, dtype, device)
-            for recompute, terms in ((False, {}), (True, {}), (False, TERMS[bool(objective.inputs)])):
+            for recompute, terms in product((False, True), ({}, TERMS[bool(objective.inputs)])):
                 truth = run(reference, name, logits.double(), target_tokens, inputs | terms)
                 eager = run(reference, name, logits, target_tokens, inputs | terms)
                 options = {"backend": backend, "recompute": recompute}

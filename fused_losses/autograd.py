@@ -95,7 +95,7 @@ class LogprobsAndEntropy(torch.autograd.Function):
 
 def _keep(ctx: Any, logits: Tensor, row: tuple[Any, ...], stats: Tensor, coefficients: Tensor) -> None:
     target_tokens, _, columns, flags = row[:4]
-    tensors, ctx.values = ops.split((columns[1], columns[-1] if flags else 0.0))  # temperature, shares
+    tensors, ctx.numbers = ops.split((columns[1], columns[-1] if flags else 0.0))  # temperature, shares
     ctx.save_for_backward(logits, target_tokens, stats, coefficients, *tensors)
     ctx.softcap = columns[-2] if flags else 0.0
     ctx.backend = row[-1]
@@ -103,5 +103,5 @@ def _keep(ctx: Any, logits: Tensor, row: tuple[Any, ...], stats: Tensor, coeffic
 
 def _gradient(ctx: Any, coefficients: Tensor, upstream: Tensor) -> Tensor:
     logits, target_tokens, stats, _, temperature, shares = ctx.saved_tensors
-    columns = (ctx.values[0] if temperature is None else temperature,)
+    columns = (ctx.numbers[0] if temperature is None else temperature,)
     return ops.grad(logits, target_tokens, stats, coefficients, upstream, columns, shares, ctx.softcap, ctx.backend)

@@ -72,7 +72,8 @@ _POLICY_TERMS = """log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_
         kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
         kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
             "abs" |logp - f|. Default "k3". Not clamped.
-        kl_weighted_by_ratio: multiply KL by the ratio exp(logp - old_logprobs), with a gradient through both."""
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is
+            exp(logp - old_logprobs) if the loss does not name another."""
 
 Function = TypeVar("Function", bound=Callable)
 

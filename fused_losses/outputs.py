@@ -59,7 +59,7 @@ class Outputs(NamedTuple):
         target_tokens, ignore_index, weights, old_logprobs, advantages, low, high, of_sequence = self.call
         active = target_tokens != ignore_index
         if weights is not None:
-            active = active & (constant(weights, self.logprobs) != 0)
+            active = active & (weights != 0)
         tokens = active.sum().float()
 
         def mean(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, losses
 from .backends import resolve, unusable
@@ -21,7 +22,7 @@ from .losses import asked_terms, documented, loss_of
 from .objectives import OBJECTIVES, Objective, constant, log_ratio
 from .outputs import Call, Outputs
 from .sequences import segment_expand, segment_mean
-from .terms import KL_TYPES, NO_KL, Seen, Terms, row_loss
+from .terms import kl, times
 
 _OURS = tuple(OBJECTIVES)
 
@@ -411,7 +412,7 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
 
     active = target_tokens != ignore_index
     if weights is not None:
-        active = active & (constant(weights, logits) != 0)
+        active = active & (weights != 0)
     read = active
     if given.get("sequence_ratio_mask") is not None:
         read = active | _ratio_mask(given, active)
@@ -430,16 +431,6 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
         if given.get(name) is not None
     }
     value = objective(torch.where(read, logp, 0.0), {**given, **columns}, active)
-    terms = Terms(
-        columns.get("importance_weights", 1.0),
-        columns.get("ref_logprobs", 0.0),
-        columns.get("kl_coef", 0.0),
-        columns.get("entropy_coef", 0.0),
-        columns.get("log_ratio_clamp", math.inf),
-        kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
-        kl_weighted_by_ratio=bool(given["kl_weighted_by_ratio"]),
-        entropy=entropy_asked,
-    )
     whole_batch = value.dim() == 0 and logp.dim() > 0
     if whole_batch and reduction == "none":
         raise ValueError('reduction="none" needs an objective per token, got one that returns a 0-d loss')
@@ -447,12 +438,12 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
         raise ValueError("importance_weights need an objective per token, got one that returns a 0-d loss")
     zero = torch.zeros_like(logp)
     entropies = zero if entropy is None else torch.where(active, entropy, 0.0)
-    seen = Seen(torch.where(active, logp, 0.0), zero, entropies, zero, 1.0)
-    old_logprobs = columns.get("old_logprobs", zero)
-    if "ratio_gradient" in given and terms.kl_weighted_by_ratio:  # what makes the sequence's ratio of logp
-        sequence = _sequence_log_ratio(torch.where(read, logp, 0.0), given | columns, active)
-        old_logprobs = torch.where(seen.logp == -torch.inf, 0.0, seen.logp - sequence)
-    per_token = row_loss(lambda *_: (zero if whole_batch else value, zero), seen, [old_logprobs], terms).value
+    x = torch.where(active, logp, 0.0)
+    per_token = zero if whole_batch else times(columns.get("importance_weights", 1.0), value)
+    if entropy_asked:
+        per_token = per_token - times(columns["entropy_coef"], entropies)
+    if penalised:
+        per_token = per_token + _penalty(x, torch.where(read, logp, 0.0), given | columns, active, kernels)
     weight = columns.get("weights", torch.ones_like(logp)).masked_fill(~active, 0.0)
     losses_ = torch.where(active, weight * per_token, 0.0)
     loss = reduced(losses_, weight, reduction, given["denominator"])
@@ -466,6 +457,48 @@ def composed(given: dict[str, Any], objective: TorchObjective, source: Source = 
             log_ratio=_sequence_log_ratio(torch.where(read, logp.detach(), 0.0), given | columns, active)
         )
     return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
+
+
+class WithDerivative(torch.autograd.Function):
+    """apply(x, value, derivative) -> value, whose derivative by x is given and not that of how it was made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
+        ctx.save_for_backward(derivative)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return torch.where(upstream == 0, 0.0, upstream * derivative), None, None
+
+
+def _penalty(x: Tensor, seen: Tensor, given: Mapping[str, Any], active: Tensor, exact: bool) -> Tensor:
+    """kl_coef * KL per token, times the ratio if asked for. seen: with the tokens that only a sequence's ratio sees.
+
+    exact: with derivatives formed by hand, as the kernels have them; else with those of autograd, for the reference.
+    """
+    coefficient = given["kl_coef"]
+    value, slope, both = kl(x, given["ref_logprobs"], given["kl_type"])
+    of_sequence, through_mean = "ratio_gradient" in given, given.get("ratio_gradient") == "sequence"
+    log_r = flows = None
+    if given["kl_weighted_by_ratio"]:
+        log_r = _sequence_log_ratio(seen, given, active) if of_sequence else x - given["old_logprobs"]
+        clamp = constant(math.inf if given["log_ratio_clamp"] is None else given["log_ratio_clamp"], x)
+        clamped, flows = log_ratio(log_r, torch.zeros_like(x), clamp)
+        # where the coefficient is 0 the term is out, and an infinite ratio's derivative with it
+        ratio = torch.exp(clamped.masked_fill(coefficient == 0, 0.0))
+        value = times(ratio, value)
+        slope = times(ratio, slope if through_mean else torch.where(flows, both, slope))
+    value = times(coefficient, value)
+    if not exact:
+        return value
+    value, slope = value.detach(), times(coefficient, slope).detach()
+    penalty = WithDerivative.apply(x, value, slope)
+    if log_r is not None and flows is not None and through_mean:
+        penalty = penalty + WithDerivative.apply(log_r, torch.zeros_like(value), value.where(flows, 0.0))
+    return penalty
 
 
 def reduced(losses_: Tensor, weights: Tensor, reduction: str, denominator: Tensor | float | None) -> Tensor:

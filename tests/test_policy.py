@@ -253,6 +253,58 @@ def test_function_per_token(backend, device, terms):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+FAR = {"kl_coef": 1.0, "ref_logprobs": -2.5, "kl_weighted_by_ratio": True}
+TWO_PHASE = {
+    "gmpo": lambda *args, **kwargs: fused_losses.gmpo(*args, **kwargs),
+    "gspo": lambda *args, **kwargs: fused_losses.gspo(*args, **kwargs),
+    "sapo": lambda *args, **kwargs: fused_losses.sapo(*args, ratio_level="sequence", **kwargs),
+    "function": lambda x, t, q, a, **kwargs: fused_losses.policy_loss(x, t, clipped, q, a, **kwargs),
+}
+
+
+@pytest.mark.parametrize("loss", TWO_PHASE)
+def test_ratio_times_k3_does_not_cancel(backend, device, loss):
+    """As in the losses of one pass: what k3 and its derivative are made of is 5e8 times as large as their sum here."""
+    logits = torch.tensor([[[-22.0, 0.0, 0.0], [-21.0, 0.0, 0.0]]], device=device, requires_grad=True)
+    target = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    old, zero = torch.full((1, 2), -20.0, device=device), torch.zeros(1, 2, device=device)
+    (got,) = torch.autograd.grad(TWO_PHASE[loss](logits, target, old, zero, backend=backend, **FAR), logits)
+    x = torch.log_softmax(logits.double(), -1)[..., 0]
+    log_ratio = x - old if loss in ("gmpo", "function") else (x - old).mean(-1, keepdim=True).detach() + x - x.detach()
+    d = x + 2.5
+    penalty = torch.exp(log_ratio) * (torch.exp(-d) + d - 1)
+    (expected,) = torch.autograd.grad(penalty.mean(), logits)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("ratio_gradient", ["token", "sequence"])
+def test_penalty_of_a_hopeless_sequence(backend, device, ratio_gradient):
+    """A token of logprob -inf, and a coefficient of 0 beside a ratio that overflows: no NaN in another sequence, none
+    where the coefficient is 0."""
+    logits = torch.randn(3, 2, 5, device=device)
+    logits[0, 1, 0] = -torch.inf
+    logits.requires_grad_()
+    target = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    old = torch.tensor([[-1.6], [-200.0], [-1.6]], device=device)
+    options = {"ratio_gradient": ratio_gradient, "kl_weighted_by_ratio": True, "ref_logprobs": -1.5, "kl_type": "k2"}
+    coefficient = torch.tensor([[0.1], [0.0], [0.1]], device=device)
+    loss = fused_losses.gspo(
+        logits, target, old, 1.0, kl_coef=coefficient, reduction="none", backend=backend, **options
+    )
+    (gradient,) = torch.autograd.grad(loss[1:].sum(), logits)
+    assert not loss.isnan().any() and torch.isfinite(loss[2]).all()
+    assert torch.isfinite(gradient[1:]).all() and gradient[2].any()
+
+
+def test_small_weight_and_half_precision(backend, device):
+    """A number that float16 does not have is not 0."""
+    case = make("ppo", (2, 3), 31, torch.float16, device)
+    given = (case.storage, case.target_tokens, case.keywords["old_logprobs"], 1.0)
+    one = fused_losses.gspo(*given, reduction="sum", backend=backend)
+    small = fused_losses.gspo(*given, reduction="sum", weights=1e-8, backend=backend)
+    torch.testing.assert_close(small * 1e8, one)
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_reference_of_policy_loss(terms):
     """A function, an Objective and a name are the same in the reference, too, in float64 here."""

@@ -505,6 +505,20 @@ def test_unlikely_token(backend, device, kind):
     assert by_ratio[0] == 0.0 or kind == "k1"
 
 
+@pytest.mark.parametrize("mode", ["one pass", "recompute"])
+def test_softcap_at_a_low_temperature(backend, device, mode):
+    """The probabilities of the gradient are those of the sum: they add up to 1, whatever a cap is rounded to."""
+    torch.manual_seed(0)
+    logits = (8 * torch.randn(9, 256, device=device)).requires_grad_()
+    target = logits.argmin(-1)
+    options = {"softcap": 50.0, "temperature": 0.01, "reduction": "sum", "backend": backend}
+    loss = fused_losses.cross_entropy(logits, target, recompute=mode == "recompute", **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    slope = 1 - torch.tanh(logits.detach().double() / 50) ** 2
+    total = (gradient.double() / slope * 0.01).scatter(1, target[:, None], 0.0).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0.0, atol=2e-6)
+
+
 def test_ratio_times_k3_does_not_cancel(backend, device):
     """d(r k3) = r (x - f): what k3 and its derivative are made of is 5e8 times as large here."""
     logits = torch.tensor([[-22.0, 0.0, 0.0]], device=device, requires_grad=True)

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -61,8 +62,8 @@ const VocabFunctions* best_functions() {
     return nullptr;
 }
 
-const VocabFunctions*& vocab_functions() {
-    static const VocabFunctions* functions = best_functions();
+std::atomic<const VocabFunctions*>& vocab_functions() {
+    static std::atomic<const VocabFunctions*> functions{best_functions()};
     return functions;
 }
 
@@ -70,15 +71,15 @@ template <class T>
 const RowFunctions<T>& functions();
 template <>
 const RowFunctions<float>& functions() {
-    return vocab_functions()->float32;
+    return vocab_functions().load(std::memory_order_relaxed)->float32;
 }
 template <>
 const RowFunctions<BFloat16>& functions() {
-    return vocab_functions()->bfloat16;
+    return vocab_functions().load(std::memory_order_relaxed)->bfloat16;
 }
 template <>
 const RowFunctions<Float16>& functions() {
-    return vocab_functions()->float16;
+    return vocab_functions().load(std::memory_order_relaxed)->float16;
 }
 
 // Run body(row) for every row, a few at a time: masked rows are cheap and come in spans.
@@ -245,10 +246,15 @@ struct RowStats {
     float mean;    // mean_j d_j
 };
 
+// z is a level times this.
+float scale_of(const Terms& terms, float inverse_t) {
+    return terms.softcap != 0.f ? terms.softcap * inverse_t : inverse_t;
+}
+
 template <class T>
 RowStats sweep(const T* logits, int64_t vocab, const Terms& terms, float inverse_t, Kept kept) {
     const RowFunctions<T>& f = functions<T>();
-    const float c = kLog2e * inverse_t;
+    const float scale = scale_of(terms, inverse_t), c = kLog2e * scale;
     RowStats out;
     if (terms.entropy || terms.softcap != 0.f) {
         const SumAndMoment seen = f.moments(logits, vocab, c, terms.softcap, kept);
@@ -257,7 +263,7 @@ RowStats sweep(const T* logits, int64_t vocab, const Terms& terms, float inverse
         const Sum sum = f.exponentials(logits, vocab, c, kept);
         out = {sum.max, sum.value, 0.f, 0.f};
     }
-    if (terms.label_smoothing != 0.f) out.mean = f.mean_distance(logits, vocab, out.max, terms.softcap) * inverse_t;
+    if (terms.label_smoothing != 0.f) out.mean = f.mean_distance(logits, vocab, out.max, terms.softcap) * scale;
     if (!terms.entropy) out.moment = 0.f;
     return out;
 }
@@ -279,15 +285,16 @@ TargetScratch& target_scratch(int64_t num) {
 template <class T>
 RowSeen seen_of(const RowStats& stats, const Targets& targets, const Terms& terms, float inverse_t, int64_t row,
                 TargetScratch& scratch) {
-    const float top = functions<T>().capped(stats.max, terms.softcap), log_sum = logf(stats.sum);
-    RowSeen seen = {0.f, 0.f, top * inverse_t + log_sum, 0.f, log_sum - stats.mean};
+    const float scale = scale_of(terms, inverse_t), log_sum = logf(stats.sum);
+    const float top = functions<T>().level(stats.max, terms.softcap);
+    RowSeen seen = {0.f, 0.f, top * scale + log_sum, 0.f, log_sum - stats.mean};
     if (terms.entropy) seen.entropy = log_sum - stats.moment / stats.sum;
     for (int64_t k = 0; k < targets.num; ++k) {
-        const float y = functions<T>().capped(scratch.logits[k], terms.softcap);
+        const float y = functions<T>().level(scratch.logits[k], terms.softcap);
         const float share = terms.share(row * targets.num + k);
         // of a target that counts ignore_index is not asked: the gradient stage, which comes here too, has none
         const bool ignored = share == 0.f && targets.at(row, k) == targets.ignore_index;
-        const float logp = ignored ? 0.f : logprob(top, stats.sum, y, inverse_t);
+        const float logp = ignored ? 0.f : logprob(top, stats.sum, y, scale);
         scratch.logprobs[k] = logp;
         if (share == 0.f) continue;
         seen.logp += share * logp;
@@ -302,7 +309,8 @@ void write_terms(const T* logits, Kept kept, int64_t vocab, const Targets& targe
                  int64_t row, const RowStats& stats, float total, const Coefficients& by, TargetScratch& scratch,
                  T* grad) {
     const RowFunctions<T>& f = functions<T>();
-    const float c = kLog2e * inverse_t, mean_d = stats.moment / stats.sum, factor = inverse_t / stats.sum;
+    const float c = kLog2e * scale_of(terms, inverse_t);
+    const float mean_d = stats.moment / stats.sum, factor = inverse_t / stats.sum;
     const float dense = by.zeta - by.g * total + by.h * mean_d, offset = by.s / vocab;
     if (kept.exps && by.h == 0.f && by.s == 0.f && terms.softcap == 0.f) {
         f.write_scaled(kept, vocab, stats.max, c, dense * factor, grad);
@@ -328,7 +336,7 @@ void write_terms(const T* logits, Kept kept, int64_t vocab, const Targets& targe
         // share - U p, exact where p is near 1 and the target has all of U, too
         const float drawn = p < 0.5f ? share - total * p : (share - total) - total * expm1f(logp);
         const float own = by.g * drawn + p * others + offset;
-        f.store(grad + j, own * inverse_t * f.cap_slope(scratch.logits[k], terms.softcap));
+        f.store(grad + j, own * inverse_t * f.level_slope(scratch.logits[k], terms.softcap));
     }
 }
 

@@ -107,6 +107,7 @@ FL_INLINE void store_group(T* p, const Group& x) {
 
 // Of bfloat16 two registers share out the even and the odd elements: a shift and a mask are cheaper than widening. Only
 // what is stored as bfloat16 again gets the order of memory back.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even element is the lower half");
 FL_INLINE Group load_group(const BFloat16* p) {
     Group x;
     for (int64_t i = 0; i < kGroup; i += 2) {
@@ -131,11 +132,12 @@ FL_INLINE void store_group(BFloat16* p, const Group& x) {
     }
 }
 
-// Where 2^x is taken to be 0, and x itself is still finite: products with it stay 0 for a logit of -inf. A NaN passes.
+// Below -126.5, 2^x is taken to be 0; and x itself stays finite, so that its product with 0 is 0 for a logit of -inf. A
+// NaN passes.
 constexpr float kLowest = -127.f;
 FL_INLINE Floats bounded(Floats x) { return max_of(all(kLowest), x); }
 
-// 2^x for x in [kLowest, 0], relative error 1.2e-7 (a float32 rounding is 6e-8), 0 at kLowest; NaN for NaN.
+// 2^x for x in [kLowest, 0], relative error 1.8e-7 (a float32 rounding is 6e-8); NaN for NaN.
 FL_INLINE Floats exp2_bounded(Floats x) {
     // Adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits, here as n + 127: the exponent field of
     // 2^n. At kLowest the field is 0, and so is the product.
@@ -175,7 +177,7 @@ struct Tanh {
 // tanh, relative error 2.5e-7, and its derivative: near 0 a polynomial, where (1 - e) / (1 + e) would cancel; far from
 // it not 1 - tanh^2, which would. Logits are seldom so large as to need the second.
 FL_INLINE Tanh tanh_of(const Group& x) {
-    constexpr float kNear = 0.625f;
+    constexpr float kSmall = 0.625f;
     Tanh out;
     Group magnitude;
     for (int64_t i = 0; i < kGroup; ++i) {
@@ -189,13 +191,13 @@ FL_INLINE Tanh tanh_of(const Group& x) {
         out.slope.of[i] = 1.f - out.value.of[i] * out.value.of[i];
     }
     const Floats largest = max_of(max_of(magnitude.of[0], magnitude.of[1]), max_of(magnitude.of[2], magnitude.of[3]));
-    if (!any_above(largest, kNear)) return out;
+    if (!any_above(largest, kSmall)) return out;  // nor is a NaN that hides another lane's: its row is NaN
     for (int64_t i = 0; i < kGroup; ++i) {
         const Floats e = exp2_nonpositive(magnitude.of[i] * -2.88539008f);  // e^-2|x|
         const Floats inverse = 1.f / (1.f + e);
         const Floats value = floats_of(bits_of((1.f - e) * inverse) | (bits_of(x.of[i]) & 0x80000000u));
-        out.value.of[i] = magnitude.of[i] > kNear ? value : out.value.of[i];
-        out.slope.of[i] = magnitude.of[i] > kNear ? 4.f * e * (inverse * inverse) : out.slope.of[i];
+        out.value.of[i] = magnitude.of[i] > kSmall ? value : out.value.of[i];
+        out.slope.of[i] = magnitude.of[i] > kSmall ? 4.f * e * (inverse * inverse) : out.slope.of[i];
     }
     return out;
 }

@@ -46,7 +46,7 @@ FL_INLINE void keep_group(float* exps, int64_t count, const Group& e) {
 template <class T>
 FL_INLINE Group kept_group(const float* exps, int64_t count) {
     if (sizeof(T) != sizeof(float) || count == kStep) return load_group(exps);
-    float padded[kStep];
+    float padded[kStep] = {};
     memcpy(padded, exps, count * sizeof(float));
     return load_group(padded);
 }
@@ -72,39 +72,25 @@ FL_INLINE void prefetch_group(const T* group, int64_t distance, bool far) {
 // ---- Reading a row
 // ---------------------------------------------------------------------------------------------------
 
-struct Cap {
-    float softcap, inverse;
-
-    explicit FL_INLINE Cap(float softcap) : softcap(softcap), inverse(softcap != 0.f ? 1.f / softcap : 0.f) {}
-
-    FL_INLINE Tanh tanh(const Group& x) const {
-        Group scaled;
-        for (int64_t i = 0; i < kGroup; ++i) scaled.of[i] = x.of[i] * inverse;
-        return tanh_of(scaled);
-    }
-    FL_INLINE Group capped(const Group& x) const {
-        Group y = tanh(x).value;
-        for (int64_t i = 0; i < kGroup; ++i) y.of[i] *= softcap;
-        return y;
-    }
-};
-
 template <bool with_cap>
-FL_INLINE Group capped(const Group& x, Cap cap) {
-    return with_cap ? cap.capped(x) : x;
+FL_INLINE Tanh levels(const Group& x, float inverse_cap) {
+    if (!with_cap) return {x, {}};
+    Group scaled;
+    for (int64_t i = 0; i < kGroup; ++i) scaled.of[i] = x.of[i] * inverse_cap;
+    return tanh_of(scaled);
 }
 
 template <bool with_cap>
-FL_INLINE Floats capped(Floats x, Cap cap) {
-    return with_cap ? cap.capped({{x, x, x, x}}).of[0] : x;
+FL_INLINE Floats level(Floats x, float inverse_cap) {
+    return levels<with_cap>({{x, x, x, x}}, inverse_cap).value.of[0];
 }
 
-float cap_slope(float logit, float softcap) {
-    return softcap != 0.f ? Cap(softcap).tanh(group_of(logit)).slope.of[0][0] : 1.f;
+float level_of(float logit, float softcap) {
+    return softcap != 0.f ? levels<true>(group_of(logit), 1.f / softcap).value.of[0][0] : logit;
 }
 
-float capped_one(float logit, float softcap) {
-    return softcap != 0.f ? Cap(softcap).capped(group_of(logit)).of[0][0] : logit;
+float level_slope_of(float logit, float softcap) {
+    return softcap != 0.f ? levels<true>(group_of(logit), 1.f / softcap).slope.of[0][0] : 1.f;
 }
 
 FL_INLINE Floats merged_sum(const Group& x) { return (x.of[0] + x.of[1]) + (x.of[2] + x.of[3]); }
@@ -138,12 +124,13 @@ struct LaneSums {
 constexpr int64_t kNear = 2048, kFar = 8192;  // bytes
 
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float c, Cap cap, float* exps, int64_t far) {
+FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float c, float inverse_cap, float* exps,
+                              int64_t far) {
     Group total = {}, moment = {};
     for_each_group(block, n, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
         prefetch_group(block + j, kNear, false);
-        prefetch_group(block + j, far, true);
-        const Group y = capped<with_cap>(x, cap);
+        if (far) prefetch_group(block + j, far, true);
+        const Group y = levels<with_cap>(x, inverse_cap).value;
         Group d, e;
         for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
         if (with_cap && count < kStep) {  // a capped -inf is finite
@@ -162,51 +149,51 @@ FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float
 }
 
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, Cap cap, Kept kept) {
-    Floats max = all(-FLT_MAX), reference = capped<with_cap>(max, cap);
+FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, float inverse_cap, Kept kept) {
+    Floats max = all(-FLT_MAX), reference = level<with_cap>(max, inverse_cap);
     LaneSums sums = {};
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         const int64_t n = block_size(vocab, begin);
         max = lane_max(logits + begin, n, max);
         const Floats lower = reference;
-        reference = capped<with_cap>(max, cap);
+        reference = level<with_cap>(max, inverse_cap);
         sums.move(bounded((lower - reference) * c));
-        const LaneSums seen = block_sums<with_moment, with_cap, keep>(logits + begin, n, reference, c, cap,
+        const LaneSums seen = block_sums<with_moment, with_cap, keep>(logits + begin, n, reference, c, inverse_cap,
                                                                       keep ? kept.exps + begin : nullptr,
-                                                                      keep && !kept.in_cache ? kNear : kFar);
+                                                                      keep && !kept.in_cache ? 0 : kFar);
         sums.sum += seen.sum;
         sums.moment += seen.moment;
         if (keep) store(kept.references + begin / kBlock * kReferences, max);
     }
     const float top = max_of(max);
-    sums.move(bounded((reference - capped<with_cap>(all(top), cap)) * c));
+    sums.move(bounded((reference - level<with_cap>(all(top), inverse_cap)) * c));
     return {{top, sum_of(sums.sum)}, sum_of(sums.moment)};
 }
 
 template <class T>
 Sum exponentials(const T* logits, int64_t vocab, float c, Kept kept) {
-    return (kept.exps ? sweep<false, false, true>(logits, vocab, c, Cap(0.f), kept)
-                      : sweep<false, false, false>(logits, vocab, c, Cap(0.f), kept))
+    return (kept.exps ? sweep<false, false, true>(logits, vocab, c, 0.f, kept)
+                      : sweep<false, false, false>(logits, vocab, c, 0.f, kept))
         .sum;
 }
 
 template <class T>
 SumAndMoment moments(const T* logits, int64_t vocab, float c, float softcap, Kept kept) {
-    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, Cap(softcap), kept);
-    return kept.exps ? sweep<true, false, true>(logits, vocab, c, Cap(softcap), kept)
-                     : sweep<true, false, false>(logits, vocab, c, Cap(softcap), kept);
+    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, 1.f / softcap, kept);
+    return kept.exps ? sweep<true, false, true>(logits, vocab, c, 1.f / softcap, kept)
+                     : sweep<true, false, false>(logits, vocab, c, 1.f / softcap, kept);
 }
 
 template <bool with_cap, class T>
-FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, Cap cap) {
-    const float reference = capped<with_cap>(all(max), cap)[0];
+FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, float inverse_cap) {
+    const float reference = level<with_cap>(all(max), inverse_cap)[0];
     double sum = 0.0;
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         Group total = {};
         for_each_group(
             logits + begin, block_size(vocab, begin),
             [&](const Group& x, int64_t, int64_t) __attribute__((always_inline)) {
-                const Group y = capped<with_cap>(x, cap);
+                const Group y = levels<with_cap>(x, inverse_cap).value;
                 for (int64_t i = 0; i < kGroup; ++i) total.of[i] += y.of[i] - reference;
             },
             max);
@@ -217,8 +204,8 @@ FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, Cap 
 
 template <class T>
 float mean_distance(const T* logits, int64_t vocab, float max, float softcap) {
-    return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, Cap(softcap))
-                          : mean_distance_of<false>(logits, vocab, max, Cap(softcap));
+    return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, 1.f / softcap)
+                          : mean_distance_of<false>(logits, vocab, max, 1.f / softcap);
 }
 
 // ---- Writing its gradient
@@ -270,15 +257,16 @@ void combination_of_kept(const T* logits, Kept kept, int64_t vocab, float max, f
 }
 
 template <bool with_cap, class T>
-FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, float c, Cap cap, Combination by, T* grad) {
-    const float top = capped<with_cap>(all(max), cap)[0];
+FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, float c, float inverse_cap, Combination by,
+                                 T* grad) {
+    const float top = level<with_cap>(all(max), inverse_cap)[0];
     for_each_group(logits, vocab, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
-        const Tanh tanh = with_cap ? cap.tanh(x) : Tanh{};
+        const Tanh y = levels<with_cap>(x, inverse_cap);
         Group out;
         for (int64_t i = 0; i < kGroup; ++i) {
-            const Floats y = with_cap ? cap.softcap * tanh.value.of[i] : x.of[i], d = bounded((y - top) * c);
+            const Floats d = bounded((y.value.of[i] - top) * c);
             out.of[i] = exp2_bounded(d) * (by.constant + by.slope * d) + by.offset;
-            if (with_cap) out.of[i] *= tanh.slope.of[i];
+            if (with_cap) out.of[i] *= y.slope.of[i];
         }
         store_first(grad + j, count, out);
     });
@@ -287,9 +275,9 @@ FL_INLINE void combination_again(const T* logits, int64_t vocab, float max, floa
 template <class T>
 void combination(const T* logits, Kept kept, int64_t vocab, float max, float c, float softcap, Combination by,
                  T* grad) {
-    if (softcap != 0.f) return combination_again<true>(logits, vocab, max, c, Cap(softcap), by, grad);
+    if (softcap != 0.f) return combination_again<true>(logits, vocab, max, c, 1.f / softcap, by, grad);
     if (kept.exps) return combination_of_kept(logits, kept, vocab, max, c, by, grad);
-    return combination_again<false>(logits, vocab, max, c, Cap(0.f), by, grad);
+    return combination_again<false>(logits, vocab, max, c, 0.f, by, grad);
 }
 
 template <class T>
@@ -314,8 +302,8 @@ struct Row {
         *element = padded[0];
     }
     static constexpr RowFunctions<T> functions() {
-        return {exponentials<T>, scaled<T>, exponentials_scaled<T>, moments<T>, mean_distance<T>, combination<T>,
-                capped_one,      cap_slope, scaled_in_place<T>,     load_one,   store_one};
+        return {exponentials<T>, scaled<T>,      exponentials_scaled<T>, moments<T>, mean_distance<T>, combination<T>,
+                level_of,        level_slope_of, scaled_in_place<T>,     load_one,   store_one};
     }
 };
 

@@ -23,14 +23,14 @@ struct Sum {
     float value;  // sum_j exp2((logits_j - max) * c)
 };
 
-// The same of z_j - z_max in units of log2: moment = sum_j 2^d_j d_j, d_j = (y_j - y_max) * c, y_j being the logit or,
-// with a softcap, softcap * tanh(logit / softcap). max is that of the raw logits.
+// The same of levels y_j: the logits or, with a softcap, tanh(logit / softcap), so that only differences are multiplied
+// by the cap, which is in c. moment = sum_j 2^d_j d_j, d_j = (y_j - y_max) * c. max is that of the raw logits.
 struct SumAndMoment {
     Sum sum;
     float moment;
 };
 
-// grad_j = (e_j * (constant + slope * d_j) + offset) * dy_j/dlogit_j, e_j = 2^d_j
+// grad_j = (e_j * (constant + slope * d_j) + offset) * (1 or, with a softcap, 1 - y_j^2), e_j = 2^d_j
 struct Combination {
     float constant, slope, offset;
 };
@@ -52,7 +52,7 @@ struct Kept {
 template <class T>
 struct RowFunctions {
     // exps_j = exp2((logits_j - reference) * c): one read of the logits, one exponential per element; scaling a block's
-    // lanes by exp2((reference - max) * c) completes it. exps may be the logits.
+    // lanes by exp2((reference - max) * c) completes it. exps may be float32 logits.
     Sum (*exponentials)(const T* logits, int64_t vocab, float c, Kept kept);
 
     // grad_j = factor * exps_j, completed block by block.
@@ -74,11 +74,9 @@ struct RowFunctions {
     void (*write_combination)(const T* logits, Kept kept, int64_t vocab, float max, float c, float softcap,
                               Combination combination, T* grad);
 
-    // y of one logit, with the bits that the functions above give it.
-    float (*capped)(float logit, float softcap);
-
-    // dy/dlogit
-    float (*cap_slope)(float logit, float softcap);
+    // y of one logit, with the bits that the functions above give it, and the last factor of its gradient.
+    float (*level)(float logit, float softcap);
+    float (*level_slope)(float logit, float softcap);
 
     // grad_j *= factor
     void (*multiply)(T* grad, int64_t vocab, float factor);
