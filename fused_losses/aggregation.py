@@ -37,6 +37,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from . import checks
 from .sequences import active_tokens, check_cu_seqlens, segment_expand, segment_sum
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -285,12 +286,7 @@ def _positive(name: str, value: float) -> float:
 
 
 def _number(name: str, value: float) -> float:
-    if isinstance(value, Tensor):  # float() of it would wait for the device
-        raise TypeError(f"{name} must be a number, got a tensor")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    number = checks.number(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
     return number

@@ -56,7 +56,7 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = Fa
 def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0."""
     if not isinstance(value, Tensor):
-        return number(name, value)
+        return number(name, value, " or a tensor")
     allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in _MASKS else _COLUMN_DTYPES
     if value.dtype not in allowed:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
@@ -109,7 +109,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
     if reduction == "none":
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):
-        return number("denominator", value)
+        return number("denominator", value, " or a tensor")
     if value.dim() != 0:
         raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     _same_device("denominator", value, logits.device)
@@ -195,12 +195,14 @@ def _at_least(name: str) -> str:
     return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in _FINITE else ''}"
 
 
-def number(name: str, value: float) -> float:
-    """A number as a float, within the bounds that its name has."""
+def number(name: str, value: float, or_tensor: str = "") -> float:
+    """A number as a float, within the bounds that its name has. or_tensor: " or a tensor" where one is taken, too."""
+    if isinstance(value, Tensor):  # float() of it would wait for the device
+        raise TypeError(f"{name} must be a number, got a tensor")
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}") from None
+        raise TypeError(f"{name} must be a number{or_tensor}, got {type(value).__name__}") from None
     if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
         raise ValueError(f"{name} must not be NaN")
     if name in _LEAST:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
 from .sequences import active_tokens, check_cu_seqlens, segment_expand, segment_mean, segment_sum
 
 LEVELS = ("token", "sequence", "sequence_mean")
@@ -52,7 +53,7 @@ def truncated_importance_weights(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
     """
-    cap = _number("cap", cap)
+    cap = checks.number("cap", cap)
     if not cap > 0:
         raise ValueError(f"cap must be greater than 0, got {cap}")
     ratio, active = _ratio(logprobs, sampler_logprobs, level, mask, cu_seqlens)
@@ -94,7 +95,7 @@ def masked_importance_weights(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
     """
-    low, high = _number("low", low), _number("high", high)
+    low, high = checks.number("low", low), checks.number("high", high)
     if not low >= 0:
         raise ValueError(f"low must be at least 0, got {low}")
     if low > high:
@@ -139,15 +140,3 @@ def _ratio(
             per_sequence = segment_mean(log_ratio, active, cu_seqlens)
         log_ratio = segment_expand(per_sequence, logprobs, cu_seqlens)
     return log_ratio.exp().float(), active
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, Tensor):  # float() of it would wait for the device
-        raise TypeError(f"{name} must be a number, got a tensor")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
-    if number != number:
-        raise ValueError(f"{name} must not be NaN")
-    return number

@@ -59,6 +59,21 @@ class Terms(NamedTuple):
         return 1 if self.shares is None else self.shares.shape[1]
 
 
+def stats_shape(n: int, terms: Terms | None) -> tuple[int, int]:
+    """What stage 1 gives: 3 numbers per token, with terms K + 4."""
+    return 3 if terms is None else terms.targets + 4, n
+
+
+def logprobs_shape(n: int, terms: Terms | None) -> tuple[int, ...]:
+    """A logprob per token; with terms one per target, then the entropy."""
+    return (n,) if terms is None else (terms.targets + 1, n)
+
+
+def coefficients_shape(n: int, terms: Terms | None) -> tuple[int, ...]:
+    """The derivative by logp per token; with terms those by H, lse and zbar, too."""
+    return (n,) if terms is None else (4, n)
+
+
 def pack(terms: Terms | None) -> tuple[tuple[Column | None, ...], list[int]]:
     """Terms as columns and flags, which cross the dispatcher; nothing at all for None."""
     if terms is None:

@@ -194,7 +194,7 @@ def test_compile():
         ("dr_grpo", [torch.tensor(5)], {}, TypeError, "max_completion_length must be a number, got a tensor"),
         ("dr_grpo", ["long"], {}, TypeError, "max_completion_length must be a number, got str"),
         ("verl", ["token-sum"], {"dp_size": 0}, ValueError, "dp_size must be greater than 0, got 0"),
-        ("verl", ["token-sum"], {"dp_size": math.nan}, ValueError, "dp_size must be at least 0 and finite, got nan"),
+        ("verl", ["token-sum"], {"dp_size": math.nan}, ValueError, "dp_size must not be NaN"),
         (
             "trl",
             ["dapo"],

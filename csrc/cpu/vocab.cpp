@@ -10,8 +10,7 @@ namespace {
 
 static_assert(kBlock % kStep == 0 && kWhole % kStep == 0 && kReferences >= kLanes, "for every instruction set");
 
-// ---- Walking a row
-// ---------------------------------------------------------------------------------------------------
+// ---- Walking a row -------------------------------------------------------------------------------
 
 FL_INLINE int64_t block_size(int64_t vocab, int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; }
 
@@ -69,8 +68,7 @@ FL_INLINE void prefetch_group(const T* group, int64_t distance, bool far) {
         far ? __builtin_prefetch(ahead + i, 0, 2) : __builtin_prefetch(ahead + i);
 }
 
-// ---- Reading a row
-// ---------------------------------------------------------------------------------------------------
+// ---- Reading a row -------------------------------------------------------------------------------
 
 template <bool with_cap>
 FL_INLINE Tanh levels(const Group& x, float inverse_cap) {
@@ -111,7 +109,7 @@ FL_INLINE Floats lane_max(const T* logits, int64_t n, Floats floor) {
 struct LaneSums {
     Floats sum, moment;
 
-    // The same relative to one that is `distance` lower.
+    // The same relative to another; distance, not above 0, is the old one less the new in units of log2.
     FL_INLINE void move(Floats distance) {
         const Floats factor = exp2_bounded(distance);
         moment = factor * (moment + distance * sum);
@@ -180,8 +178,8 @@ Sum exponentials(const T* logits, int64_t vocab, float c, Kept kept) {
 template <class T>
 SumAndMoment moments(const T* logits, int64_t vocab, float c, float softcap, Kept kept) {
     if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, 1.f / softcap, kept);
-    return kept.exps ? sweep<true, false, true>(logits, vocab, c, 1.f / softcap, kept)
-                     : sweep<true, false, false>(logits, vocab, c, 1.f / softcap, kept);
+    return kept.exps ? sweep<true, false, true>(logits, vocab, c, 0.f, kept)
+                     : sweep<true, false, false>(logits, vocab, c, 0.f, kept);
 }
 
 template <bool with_cap, class T>
@@ -205,11 +203,10 @@ FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, floa
 template <class T>
 float mean_distance(const T* logits, int64_t vocab, float max, float softcap) {
     return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, 1.f / softcap)
-                          : mean_distance_of<false>(logits, vocab, max, 1.f / softcap);
+                          : mean_distance_of<false>(logits, vocab, max, 0.f);
 }
 
-// ---- Writing its gradient
-// --------------------------------------------------------------------------------------------
+// ---- Writing its gradient ------------------------------------------------------------------------
 
 // What completes the exponentials of a block.
 FL_INLINE Floats completion(Kept kept, int64_t begin, float max, float c) {

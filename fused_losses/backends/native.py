@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..terms import Terms
+from ..terms import Terms, coefficients_shape, logprobs_shape, stats_shape
 from .rows import rows
 
 Column = Tensor | float
@@ -53,7 +53,7 @@ class Native:
         stream: int = 0,
     ) -> tuple[Tensor, Tensor]:
         n = target_tokens.shape[0]
-        logprobs = _logprobs(n, terms, logits.device)
+        logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=logits.device)
         row_losses = torch.empty(n + 1, dtype=torch.float32, device=logits.device)
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
         self.module.loss_and_grad(
@@ -88,8 +88,8 @@ class Native:
         terms: Terms | None,
         stream: int = 0,
     ) -> Tensor:
-        rows = 3 if terms is None else terms.targets + 4
-        row_stats = torch.empty((rows, target_tokens.shape[0]), dtype=torch.float32, device=logits.device)
+        shape = stats_shape(target_tokens.shape[0], terms)
+        row_stats = torch.empty(shape, dtype=torch.float32, device=logits.device)
         self.module.stats(
             _rows(logits),
             _DTYPE[logits.dtype],
@@ -120,9 +120,8 @@ class Native:
         stream: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = target_tokens.shape[0]
-        logprobs = _logprobs(n, terms, row_stats.device)
-        shape = (n,) if terms is None else (4, n)
-        coefficients = torch.empty(shape, dtype=torch.float32, device=row_stats.device)
+        logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=row_stats.device)
+        coefficients = torch.empty(coefficients_shape(n, terms), dtype=torch.float32, device=row_stats.device)
         row_losses = torch.empty(n + 1, dtype=torch.float32, device=row_stats.device)
         loss = torch.empty((), dtype=torch.float32, device=row_stats.device) if reduce else None
         self.module.objective(
@@ -194,10 +193,6 @@ def _column(column: Column) -> tuple[int, int, float]:
 def _targets(target_tokens: Tensor, ignore_index: int) -> tuple[int, bool, int, int]:
     targets = target_tokens.shape[1] if target_tokens.dim() == 2 else 1
     return target_tokens.data_ptr(), target_tokens.dtype == torch.int64, ignore_index, targets
-
-
-def _logprobs(n: int, terms: Terms | None, device: torch.device) -> Tensor:
-    return torch.empty(n if terms is None else (terms.targets + 1, n), dtype=torch.float32, device=device)
 
 
 def _terms(terms: Terms | None) -> tuple[Any, ...] | None:

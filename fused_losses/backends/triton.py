@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import objectives
 from ..objectives import OBJECTIVES
-from ..terms import NO_KL, Terms
+from ..terms import NO_KL, Terms, coefficients_shape, logprobs_shape, stats_shape
 from .rows import Rows, rows
 
 Column = Tensor | float
@@ -63,7 +63,7 @@ def loss_and_grad(
     kernels = _kernels()
     n, vocab = target_tokens.shape[0], logits.shape[-1]
     function = _function(objective_name)
-    logprobs = _logprobs(n, terms, logits.device)
+    logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=logits.device)
     row_losses = torch.empty(n, dtype=torch.float32, device=logits.device)
     with _on(logits.device):
         if mean:
@@ -126,8 +126,7 @@ def stats(
 ) -> Tensor:
     n, vocab = target_tokens.shape[0], logits.shape[-1]
     given = _terms(terms)
-    num_stats = 3 if terms is None else given.num_targets + 4
-    out = torch.empty((num_stats, n), dtype=torch.float32, device=logits.device)
+    out = torch.empty(stats_shape(n, terms), dtype=torch.float32, device=logits.device)
     if n == 0:
         return out
     layout = _layout(logits, logits)
@@ -175,9 +174,9 @@ def objective(
     kernels = _kernels()
     n = target_tokens.shape[0]
     function = _function(objective_name)
-    logprobs = _logprobs(n, terms, row_stats.device)
+    logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=row_stats.device)
     row_losses = torch.empty(n, dtype=torch.float32, device=row_stats.device)
-    coefficients = torch.empty(n if terms is None else (4, n), dtype=torch.float32, device=row_stats.device)
+    coefficients = torch.empty(coefficients_shape(n, terms), dtype=torch.float32, device=row_stats.device)
     with _on(row_stats.device):
         if mean:
             denominator = _normaliser(target_tokens, weights, ignore_index)
@@ -460,10 +459,6 @@ def _terms(terms: Terms | None) -> _Terms:
         terms.kl_weighted_by_ratio,
         4 if terms.softcap else 2,
     )
-
-
-def _logprobs(n: int, terms: Terms | None, device: torch.device) -> Tensor:
-    return torch.empty(n if terms is None else (terms.targets + 1, n), dtype=torch.float32, device=device)
 
 
 def _normaliser(target_tokens: Tensor, weights: Column, ignore_index: int) -> Tensor:
