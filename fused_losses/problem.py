@@ -1,0 +1,199 @@
+"""What is asked of the rows, as typed records: what a caller says, what kernels take, what stages hand on.
+
+They are read by name everywhere; only the codec of ``ops.py`` takes them apart. N is the number of tokens, V the
+vocabulary, K the number of targets per token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .objectives import Objective
+
+Column = Tensor | float  # a number, or one per token: float32 of shape (N,) and any stride, 0 included
+
+KlType = Literal["k1", "k2", "k3", "abs"]
+ReductionName = Literal["mean", "sum", "none"]
+BackendName = Literal["auto", "cuda", "triton", "cpu", "eager"]
+RatioGradient = Literal["token", "sequence"]
+
+
+# ---- What a caller says ----
+
+
+class Transform(NamedTuple):
+    """z = softcap * tanh(logit_scale * logits / softcap) / temperature. Kernels get one whose ``logit_scale`` is 1."""
+
+    temperature: Column = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class Reduction(NamedTuple):
+    weights: Column | None = None
+    reduction: ReductionName = "mean"
+    denominator: Tensor | float | None = None
+    ignore_index: int = -100
+
+
+class How(NamedTuple):
+    """How a loss is computed, which changes no number of it."""
+
+    inplace: bool = False
+    recompute: bool = False
+    backend: BackendName = "auto"
+    validate: bool = False
+    return_outputs: bool = False
+
+
+class PolicyTerms(NamedTuple):
+    """What a policy loss may have beside its objective."""
+
+    log_ratio_clamp: Column | None = None
+    importance_weights: Column | None = None
+    entropy_coef: Column = 0.0
+    ref_logprobs: Column | None = None
+    kl_coef: Column = 0.0
+    kl_type: KlType = "k3"
+    kl_weighted_by_ratio: bool = False
+
+
+class Sequences(NamedTuple):
+    """Which tokens a sequence's ratio is made of, and what its gradient goes through."""
+
+    cu_seqlens: Tensor | None = None
+    sequence_ratio_mask: Tensor | None = None
+    ratio_gradient: RatioGradient = "token"
+
+
+# ---- What kernels take ----
+
+
+class Targets(NamedTuple):
+    tokens: Tensor  # (N,), with shares (N, K); contiguous int64 or int32
+    ignore_index: int
+    shares: Tensor | None = None  # (N, K) float32, 0 where a target does not count; None: one target, whose share is 1
+
+    @property
+    def num(self) -> int:
+        """K"""
+        return 1 if self.shares is None else self.tokens.shape[1]
+
+
+class Terms(NamedTuple):
+    """What a token's loss has beside its objective: see terms.py."""
+
+    importance_weights: Column = 1.0  # of the objective only
+    ref_logprobs: Column = 0.0
+    kl_coef: Column = 0.0
+    entropy_coef: Column = 0.0
+    log_ratio_clamp: Column = math.inf  # of the ratio that weights the KL
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    kl_type: KlType | None = None
+    kl_weighted_by_ratio: bool = False
+    entropy: bool = False  # H is asked for: as an output, or because it has a coefficient
+
+    @property
+    def plain(self) -> bool:
+        importance = self.importance_weights
+        return (
+            self.kl_type is None
+            and not self.entropy
+            and self.label_smoothing == 0.0
+            and self.z_loss == 0.0
+            and not isinstance(importance, Tensor)
+            and importance == 1.0
+        )
+
+
+class Problem(NamedTuple):
+    """All that is asked of N rows of logits, wherever these come from."""
+
+    targets: Targets
+    transform: Transform
+    weights: Column
+    objective: Objective
+    inputs: tuple[Column, ...]  # the objective's columns, in its order
+    terms: Terms
+    denominator: Column  # what the sum is divided by; of a mean, what Backend.normaliser gave
+    all_logprobs: bool  # read tokens of weight 0, too, for their logprob
+
+    @property
+    def n(self) -> int:
+        return self.targets.tokens.shape[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether g, the derivative by logp, is all that the rows get back: kernels of their own."""
+        return self.targets.shares is None and self.transform.softcap is None and self.terms.plain
+
+
+# ---- What stages hand on ----
+
+
+def stats_shape(n: int, targets: int, plain: bool) -> tuple[int, int]:
+    return 3 if plain else targets + 4, n
+
+
+def coefficients_shape(n: int, plain: bool) -> tuple[int, int]:
+    return 1 if plain else 4, n
+
+
+def logprobs_shape(n: int, targets: int, plain: bool) -> tuple[int, ...]:
+    """A logprob per token; where the problem is not plain one per target, then the entropy."""
+    return (n,) if plain else (targets + 1, n)
+
+
+class Stats(NamedTuple):
+    """What stage 1 saw of the vocabulary: float32 (3, N), (K + 4, N) where the problem is not plain.
+
+    With one target per token, its element is left out of maximum, sum and moment, so that 1 - p of a sure target is
+    made of what is small, and not of a difference: see docs/mathematics.md. d_j = z_j - z(maximum).
+    """
+
+    table: Tensor
+
+    @property
+    def maximum(self) -> Tensor:
+        """Of the raw logits; at least -FLT_MAX."""
+        return self.table[0]
+
+    @property
+    def sum(self) -> Tensor:
+        """sum_j e^d_j"""
+        return self.table[1]
+
+    @property
+    def targets(self) -> Tensor:
+        """(K, N): the targets' raw logits; NaN for a target outside [0, V)."""
+        return self.table[2:3] if self.table.shape[0] == 3 else self.table[2:-2]
+
+    @property
+    def moment(self) -> Tensor:
+        """sum_j e^d_j d_j, 0 unless the entropy is asked for. Only where the problem is not plain."""
+        return self.table[-2]
+
+    @property
+    def drift(self) -> Tensor:
+        """sum_j d_j over all elements, 0 unless labels are smoothed. Only where the problem is not plain."""
+        return self.table[-1]
+
+
+class Coefficients(NamedTuple):
+    """The derivatives of the loss by logp, H, lse and zbar, each times weight / denominator: (4, N); plain (1, N)."""
+
+    table: Tensor
+
+    @property
+    def plain(self) -> bool:
+        return self.table.shape[0] == 1
+
+
+def empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
