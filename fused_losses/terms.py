@@ -23,7 +23,7 @@ share_j being that of the targets equal to j. ``csrc/loss.h`` and ``triton_kerne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
