@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .keywords import NEUTRAL
+from .keywords import LOSSES, NEUTRAL, defaults
 from .objectives import OBJECTIVES, Objective, constant, log_ratio
 from .outputs import Call, Outputs
 from .problem import Column, PolicyTerms, Reduction, Sequences
@@ -117,6 +117,41 @@ def of_objective(objective: Objective) -> PerToken:
     return lambda logp, tokens: objective.formula(logp, *tokens.of(objective, logp))[0]
 
 
+def named(
+    objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any, ...], terms: PolicyTerms
+) -> tuple[Objective | None, dict[str, Any]]:
+    """(the objective, None for a function; its columns by name, ``log_ratio_clamp`` left to the terms)"""
+    given: dict[str, Any] = {}
+    if isinstance(objective, str):
+        names = tuple(name for name, ours in OBJECTIVES.items() if ours.columns)
+        if objective not in names:
+            raise ValueError(f"objective must be a function, an Objective or one of {names}, got {objective!r}")
+        given = {key: value for key, value in defaults(objective).items() if key in OBJECTIVES[objective].columns}
+        objective = OBJECTIVES[objective]
+    elif isinstance(objective, Objective):
+        if OBJECTIVES.get(objective.name, objective) != objective:
+            raise ValueError(f"objective: {objective.name!r} is one of ours; choose another name")
+        taken = sorted((set(LOSSES["policy_loss"].keywords) - {"log_ratio_clamp"}).intersection(objective.columns))
+        if taken:
+            raise ValueError(f"objective: its inputs can't be called {taken}, which are arguments of policy_loss")
+    elif callable(objective):
+        # a function's first input is what KL is weighted by
+        return None, {"old_logprobs": inputs[0]} if inputs and terms.kl_weighted_by_ratio else {}
+    else:
+        raise TypeError(f"objective must be a function, an Objective or a name, got {type(objective).__name__}")
+
+    name, columns = objective.name, objective.columns
+    if len(inputs) > len(columns):
+        raise ValueError(f"{name} takes the inputs {columns}, got {len(inputs)} inputs")
+    given = dict.fromkeys(objective.limits) | given | dict(zip(columns, inputs, strict=False))
+    missing = [key for key in columns if key not in given]
+    if missing:
+        raise ValueError(f"{name} takes the inputs {columns}, got none for {missing}")
+    if terms.kl_weighted_by_ratio and columns[:1] != ("old_logprobs",):
+        raise ValueError(f"kl_weighted_by_ratio needs old_logprobs as the first input, {name} has {columns}")
+    return objective, given
+
+
 # ---- The composition ----
 
 
@@ -125,17 +160,18 @@ def composed(
     objective: PerToken,
     target_tokens: Tensor,
     columns: Columns,
-    sequences: Sequences | None,
+    sequences: Sequences,
     terms: PolicyTerms,
     reduction: Reduction,
     *,
+    sequence_ratio: bool,
     return_outputs: bool,
     derivatives_by_hand: bool,
 ) -> Tensor | tuple[Tensor, Outputs]:
     """The loss, from the logprobs and the entropy that ``read`` gives.
 
-    columns: the objective's. sequences: None where no ratio is a sequence's. derivatives_by_hand: of the KL, as the
-    kernels have them; else those of autograd, for the reference.
+    columns: the objective's. sequence_ratio: whether the loss's ratio is that of a token's sequence.
+    derivatives_by_hand: of the KL, as the kernels have them; else those of autograd, for the reference.
     """
     wanted = asked(terms)
     if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
@@ -143,7 +179,7 @@ def composed(
     active = target_tokens != reduction.ignore_index
     if reduction.weights is not None:
         active = active & (reduction.weights != 0)
-    tokens = Tokens(target_tokens, active, columns, sequences or Sequences(), reduction.ignore_index)
+    tokens = Tokens(target_tokens, active, columns, sequences, reduction.ignore_index)
     seen = active | tokens.in_ratio()
     asked_tokens = target_tokens if return_outputs else target_tokens.masked_fill(~seen, reduction.ignore_index)
     logp, entropy = read(asked_tokens, wanted.entropy)
@@ -175,11 +211,11 @@ def composed(
         x = torch.where(active, logp, 0.0)
         log_r = None
         if terms.kl_weighted_by_ratio:
-            if sequences is None:
-                log_r = x - tokens.column("old_logprobs", x)
-            else:
+            if sequence_ratio:
                 log_r = sequence_log_ratio(torch.where(seen, logp, 0.0), tokens)
-        through_mean = sequences is not None and sequences.ratio_gradient == "sequence"
+            else:
+                log_r = x - tokens.column("old_logprobs", x)
+        through_mean = sequence_ratio and sequences.ratio_gradient == "sequence"
         per_token = per_token + _penalty(x, log_r, through_mean, terms, derivatives_by_hand)
     weights = masked("weights", 1.0 if reduction.weights is None else reduction.weights)
     assert weights is not None
@@ -188,9 +224,7 @@ def composed(
         loss = loss + value
     if not return_outputs:
         return loss
-    of_sequence = None
-    if sequences is not None and "clip_low_threshold" in columns | _SEQUENCE_RATIO:
-        of_sequence = sequence_log_ratio(torch.where(seen, logp.detach(), 0.0), tokens)
+    of_sequence = sequence_log_ratio(torch.where(seen, logp.detach(), 0.0), tokens) if sequence_ratio else None
     call = Call(target_tokens, reduction, columns, of_sequence)
     return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
 

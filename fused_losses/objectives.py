@@ -160,7 +160,6 @@ class Objective:
         object.__setattr__(self, "columns", self.inputs + self.bounds + self.limits)
 
 
-
 _POLICY = ("old_logprobs", "advantages")
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 _CLAMP = ("log_ratio_clamp",)

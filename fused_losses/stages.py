@@ -64,12 +64,7 @@ def run(
 
 
 def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in inputs:
-        if tensor.requires_grad:
-            return True
-    return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
 
 
 class OnePass(torch.autograd.Function):

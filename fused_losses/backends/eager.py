@@ -81,7 +81,8 @@ class Eager:
         entropy_asked = not problem.plain and terms.entropy
         softmax = _softmax(stats, problem.targets, transform, entropy_asked)
         read, active = _reads(problem), _active(problem)
-        given = _matrix(problem.targets).T != problem.targets.ignore_index
+        tokens = _matrix(problem.targets).T
+        given = tokens != problem.targets.ignore_index
         logp = softmax.logprobs.where(given & read, 0.0)
         inputs = [constant(c, like) for c in problem.inputs]
         weights, denominator = constant(problem.weights, like), constant(problem.denominator, like)
