@@ -33,9 +33,9 @@ def plain(name: str, tensor: Tensor, logits: Tensor | None = None) -> Tensor:
     """The tensor with its data where its pointer says, and its sign as its memory says.
 
     The kernels read memory: what negates when it is read (``.conj().imag``), holds nothing (``_efficientzerotensor``)
-    or is laid out otherwise (sparse, mkldnn) is brought into plain form or refused by name. A subclass that
-    wraps other tensors is for the dispatcher: see :func:`watched`. Beside plain logits it is unwrapped where a copy of it
-    is plain (a collective that is waited for), else refused.
+    or is laid out otherwise (sparse, mkldnn) is brought into plain form or refused by name. A subclass that wraps other
+    tensors is for the dispatcher: see :func:`watched`. Beside plain logits it is unwrapped where a copy of it is plain
+    (a collective that is waited for), else refused.
 
     logits: for an argument beside them.
     """
@@ -85,10 +85,7 @@ def watched(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    for tensor in tensors:
-        if tensor is not None and type(tensor) not in _TENSORS:
-            return True
-    return False
+    return any(tensor is not None and type(tensor) not in _TENSORS for tensor in tensors)
 
 
 def no_transform(logits: Tensor) -> None:
