@@ -139,7 +139,8 @@ def _valid_clip(low: Tensor, high: Tensor) -> Tensor:
 def _checked(loss: Tensor, g: Tensor, logp: Tensor, valid: Tensor | None = None) -> Loss:
     """NaN, in value and by autograd, for a NaN row whatever its loss, and where a per-token bound makes no sense."""
     ok = ~torch.isnan(logp) if valid is None else ~torch.isnan(logp) & valid
-    poison = torch.where(ok, 0.0, logp) * torch.where(ok, 1.0, torch.nan)
+    # to: of two numbers, where() makes the default dtype
+    poison = torch.where(ok, 0.0, logp) * torch.where(ok, 1.0, torch.nan).to(logp.dtype)
     return loss + poison, g.detach().masked_fill(~ok, torch.nan)
 
 

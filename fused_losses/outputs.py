@@ -89,7 +89,7 @@ class Outputs(NamedTuple):
     @staticmethod
     def _extreme(values: Tensor, active: Tensor, neutral: float) -> Tensor:
         if values.numel() == 0:
-            return torch.zeros((), device=values.device)
+            return torch.zeros((), dtype=values.dtype, device=values.device)
         chosen = values.masked_fill(~active, neutral)
         extreme = chosen.amin() if neutral > 0 else chosen.amax()
         return extreme.where(active.any(), 0.0)
