@@ -62,7 +62,7 @@ def cross_entropy(
     tokens = checks.logits_and_targets(logits, target_tokens, several)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
     mean = reduction.reduction == "mean" and reduction.denominator is None
-    ignore_index = checks.ignore_index(reduction.ignore_index)
+    ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     weights: Column = 1.0
     shares = None
     if several:
@@ -161,7 +161,7 @@ def policy_loss(
         how = how._replace(backend="triton" if unusable("triton", logits.device) is None else "auto")
     # Operators know objectives by name, and so only ours.
     ours = OBJECTIVES.get(named.name) is named
-    watched = ops.watched(logits, target_tokens)
+    watched = checks.watched(logits, target_tokens)
     if ours or (not watched and resolve(how.backend, logits.device).runs(named)):
         return _of_objective(named, logits, target_tokens, columns, terms, transform, reduction, how)
     _inputs(named, columns, terms, logits)
@@ -187,8 +187,9 @@ def logprobs(
     backend: BackendName,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    tokens = checks.logits_and_targets(logits, target_tokens)
     problem = Problem(
-        targets=Targets(checks.logits_and_targets(logits, target_tokens), checks.ignore_index(ignore_index)),
+        targets=Targets(tokens, checks.index("ignore_index", ignore_index, target_tokens.dtype)),
         transform=_transform(transform, logits),
         weights=1.0,
         objective=OBJECTIVES["logprobs"],
@@ -225,7 +226,7 @@ def _of_objective(
     tokens = checks.logits_and_targets(logits, target_tokens)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
     problem = Problem(
-        targets=Targets(tokens, checks.ignore_index(reduction.ignore_index)),
+        targets=Targets(tokens, checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)),
         transform=_transform(transform, logits),
         weights=1.0 if reduction.weights is None else checks.column("weights", reduction.weights, logits),
         objective=objective,
@@ -270,7 +271,7 @@ def _run(
 
 
 def _source(logits: Tensor, problem: Problem, how: How) -> stages.Source:
-    kind = ops.Watched if ops.watched_problem(logits, problem) else Logits
+    kind = ops.Watched if ops.watched(logits, problem) else Logits
     return kind(how.backend, how.inplace, how.validate)
 
 
@@ -362,7 +363,7 @@ def _composed(
 ) -> Result:
     tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
-    ignore_index = checks.ignore_index(reduction.ignore_index)
+    ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     if how.inplace and stages.wants_gradient((logits,)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
     checked: dict[str, Column | None] = {"temperature": transform.temperature, "log_ratio_clamp": terms.log_ratio_clamp}

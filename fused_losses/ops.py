@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from . import checks
 from .logits import Logits
 from .objectives import OBJECTIVES
 from .problem import (
@@ -35,32 +36,11 @@ from .stages import Seen
 _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
 
-def watched(*tensors: Tensor | float | None) -> bool:
-    """Whether one of the tensors is more than its memory, or operators are being traced or listened to."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return True
-    return False
-
-
-def watched_problem(logits: Tensor, problem: Problem) -> bool:
-    terms = problem.terms
-    return watched(
-        logits,
-        problem.targets.tokens,
-        problem.targets.shares,
-        problem.transform.temperature,
-        problem.weights,
-        problem.denominator,
-        *problem.inputs,
-        terms.importance_weights,
-        terms.ref_logprobs,
-        terms.kl_coef,
-        terms.entropy_coef,
-        terms.log_ratio_clamp,
-    )
+def watched(logits: Tensor, problem: Problem) -> bool:
+    """Whether a call has to come through here."""
+    targets, terms = problem.targets, problem.terms
+    columns = (problem.weights, problem.denominator, *problem.inputs, problem.transform.temperature, *terms[:5])
+    return checks.watched(logits, targets.tokens, targets.shares, *(c for c in columns if isinstance(c, Tensor)))
 
 
 # ---- The codec: a problem as what the dispatcher takes ----
