@@ -14,7 +14,9 @@ from .rows import rows
 
 Column = Tensor | float
 
-BROKEN = "does not load"  # python -m fused_losses reports this as a failure, not as a choice
+# What python -m fused_losses looks for: the first is a failure, the second a choice, or a compiler that was not found.
+BROKEN = "does not load"
+NOT_BUILT = "the extension is not built"
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/row.h
 
@@ -24,7 +26,7 @@ def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"fused_losses.{name}"), None
     except ModuleNotFoundError:
-        return None, f"the extension is not built; {fix} and reinstall the package"
+        return None, f"{NOT_BUILT}; {fix} and reinstall the package"
     except ImportError as error:
         return None, f"the extension is built but {BROKEN} ({error}); reinstall the package"
 
