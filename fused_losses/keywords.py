@@ -19,7 +19,7 @@ class Keyword(NamedTuple):
     """An argument of a loss. What has no default is given by position, what has one by keyword only."""
 
     name: str
-    type: str  # as source text
+    type: str  # as source text, with Python's own quotes: '
     default: object
     words: str  # of the docstring; {name} is the default of that keyword; the second of a pair has JOINT
     group: str = ""  # the record of problem.py that it travels in, "inputs" of the objective, or "": by itself
@@ -30,12 +30,6 @@ class Keyword(NamedTuple):
     mask: bool = False  # a tensor of bool or integers will do
     neutral: float | None = None  # what stands for it at a token that is not active, if it is a column of tokens
     rest: bool = False  # all positional arguments that are left
-
-    @property
-    def kind(self) -> inspect._ParameterKind:
-        if self.rest:
-            return inspect.Parameter.VAR_POSITIONAL
-        return inspect.Parameter.POSITIONAL_OR_KEYWORD if self.default is REQUIRED else inspect.Parameter.KEYWORD_ONLY
 
 
 _TABLE = (
@@ -159,7 +153,7 @@ _TABLE = (
     # ---- Of losses of a sequence's ratio ----
     Keyword(
         "ratio_level",
-        'Literal["token", "sequence"]',
+        "Literal['token', 'sequence']",
         "token",
         """"token", one pass; or "sequence", two phase, r being the ratio of :func:`gspo`, also where it weights the
         KL. Default {ratio_level}.""",
@@ -541,9 +535,19 @@ def defaults(loss: str) -> dict[str, object]:
 
 def signature(loss: str) -> inspect.Signature:
     """That of the public function, its annotations as text."""
+    position, rest, keyword_only = (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
     given = defaults(loss)
     parameters = [
-        inspect.Parameter(name, KEYWORDS[name].kind, default=given.get(name, REQUIRED), annotation=KEYWORDS[name].type)
+        inspect.Parameter(
+            name,
+            rest if KEYWORDS[name].rest else keyword_only if name in given else position,
+            default=given.get(name, REQUIRED),
+            annotation=KEYWORDS[name].type,
+        )
         for name in LOSSES[loss].keywords
     ]
     return inspect.Signature(parameters, return_annotation=f"Tensor | tuple[Tensor, {LOSSES[loss].second}]")

@@ -86,7 +86,8 @@ def head(loss: Loss, flag: str, default: bool = False) -> str:
 def parameter(p: inspect.Parameter) -> str:
     star = "*" if p.kind is p.VAR_POSITIONAL else ""
     default = "" if p.default is p.empty else f" = {literal(p.default)}"
-    return f"{star}{p.name}: {p.annotation}{default}"
+    annotation = p.annotation.replace("'", '"')
+    return f"{star}{p.name}: {annotation}{default}"
 
 
 def literal(value: object) -> str:
