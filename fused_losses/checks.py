@@ -21,6 +21,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN = {*_TENSORS, type(None)}
 _STRIDED = torch.strided
 _INT32, _INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 _in_dynamo = torch.compiler.is_dynamo_compiling
@@ -84,7 +85,7 @@ def watched(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(tensor is not None and type(tensor) not in _TENSORS for tensor in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def no_transform(logits: Tensor) -> None:
