@@ -2,9 +2,9 @@
 
     python tools/matrix.py --root FOLDER python3.10=2.10.0 python3.13=2.15.0
 
-Each pair has a virtual environment under --root, made where it is not there yet (torch with CUDA takes 5 GB). A wheel of
-the source distribution goes into it. Then, away from the checkout: the import, `python -m fused_losses`, and what of the
-suite concerns the cpu and eager backends, about 3 minutes on one core. FOLDER/*.log has what was printed.
+Each pair has a virtual environment under --root, made where it is not there yet (torch with CUDA takes 5 GB). A wheel
+of the source distribution goes into it. Then, away from the checkout: the import, `python -m fused_losses`, and what of
+the suite concerns the cpu and eager backends, about 3 minutes on one core. FOLDER/*.log has what was printed.
 """
 
 from __future__ import annotations
