@@ -42,12 +42,29 @@ def rows(logits: Tensor) -> Rows | None:
     return Rows(n, n, 0, levels[0][1] if levels else 0)
 
 
+def as_matrix(logits: Tensor) -> Tensor:
+    """The same rows as a view of at most three dimensions, which is what C++ walks."""
+    if logits.dim() <= 3:
+        return logits
+    layout = rows(logits)
+    assert layout is not None  # what can't be walked has been copied
+    n, inner, outer_stride, inner_stride = layout
+    shape = (n // inner, inner, logits.shape[-1])
+    return logits.as_strided(shape, (outer_stride, inner_stride, 1))
+
+
 def overlap(logits: Tensor) -> bool:
     """Whether two elements share memory (expanded or overlapping rows), so that writing in place is not defined."""
+    # sorted by hand: torch.compile does not sort strides that are symbolic
+    left = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
+    while left:
+        nearest = 0
+        for i in range(1, len(left)):
+            if left[i][0] < left[nearest][0]:
+                nearest = i
+        stride, size = left.pop(nearest)
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
     return False
