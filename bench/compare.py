@@ -26,8 +26,9 @@ def of_commit(folder: Path, commit: str) -> list[Record]:
     return sorted(found, key=lambda r: r["date"])
 
 
-def paired(before: Iterable[Record], after: Iterable[Record], key: Callable[[Record], Any]) -> list[Pair]:
+def paired(sides: Iterable[list[Record]], key: Callable[[Record], Any]) -> list[Pair]:
     """The records that both have, in the order of those after."""
+    before, after = sides
     old = {key(r): r for r in before}
     return [(old[key(r)], r) for r in after if key(r) in old]
 
@@ -91,7 +92,7 @@ def tables(before: str, after: str, results: Path = RESULTS) -> list[str]:
     old, new = (last(of_commit(results, commit)) for commit in (before, after))
     for device, threads in distinct(new, "device", "threads"):
         here = [where(records, device=device, threads=threads, status=("ok", "inexact")) for records in (old, new)]
-        pairs = paired(*here, key=lambda r: tuple(r[k] for k in KEY))
+        pairs = paired(here, key=lambda r: tuple(r[k] for k in KEY))
         timed = [p for p in pairs if p[1]["mode"] in MODES and p[1]["contender"].startswith("fused")]
         public = [p for p in pairs if p[1]["group"] == "overhead" and p[1].get("overhead_us")]
         for table, shown in ((times, timed), (overhead, public)):
@@ -102,7 +103,7 @@ def tables(before: str, after: str, results: Path = RESULTS) -> list[str]:
         return (record["architecture"], kernel(record), record["dtype"], record["transform"])
 
     for folder, table, key in (("machine_code", machine_code, loop), ("suite", suite, lambda r: r["workers"])):
-        pairs = paired(*(of_commit(results / folder, commit) for commit in (before, after)), key=key)
+        pairs = paired((of_commit(results / folder, commit) for commit in (before, after)), key)
         if pairs:
             texts.append(table(pairs))
     return texts

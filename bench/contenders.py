@@ -99,7 +99,8 @@ def kernels_of(call: Callable[[], Result], backend: str, device: torch.device) -
 
     resolved = backends.resolve(backend, device)
     stages = ("normaliser", "loss_and_grad", "scale")
-    with mock.patch.multiple(resolved, **{stage: recorder(stage, getattr(resolved, stage)) for stage in stages}):
+    recorders: dict[str, Any] = {stage: recorder(stage, getattr(resolved, stage)) for stage in stages}
+    with mock.patch.multiple(resolved, **recorders):
         gradient = call()[1]  # the buffer that the recorded arguments name
 
     def again() -> Result:

@@ -176,6 +176,32 @@ def test_a_wrong_opponent_shows(bench: SimpleNamespace, monkeypatch: pytest.Monk
     assert bench.cells.cell([eager], bench.cells.time_and_speedup) == "wrong"
 
 
+def test_a_loss_without_a_plain_formula_is_measured_by_the_librarys(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loss in list(bench.opponents.PLAIN):
+        monkeypatch.delitem(bench.opponents.PLAIN, loss)
+    bench.opponents.check_plain_formulas(bench.cases.LOSSES)
+
+
+def test_bare_kernels_are_all_that_a_call_launches(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out here would count as the interface's time."""
+    backend, launched = bench.contenders.backends.resolve("eager", CPU), []
+    for stage in ("normaliser", "loss_and_grad", "stats", "objective", "grad", "scale"):
+        function = getattr(backend, stage)
+        spy = lambda *args, stage=stage, function=function: launched.append(stage) or function(*args)  # noqa: E731
+        monkeypatch.setattr(backend, stage, spy)
+    problem = bench.cases.make_problem(bench.cases.Case("kernels", (4,), 50), "ppo", "fp32", CPU)
+    public, kernels = (bench.contenders.fused(problem, mode, "eager").call for mode in ("separate", "reused"))
+    results = []
+    for call in (public, kernels):
+        launched.clear()
+        results.append((call(), tuple(launched)))
+    (expected, by_public), (got, by_kernels) = results
+    assert by_public == by_kernels and "loss_and_grad" in by_kernels
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
 def test_true_class_gradient_rounded_before_it_is_formed_shows(bench: SimpleNamespace) -> None:
     problem = bench.cases.make_problem(bench.cases.Case("sharp", (64,), 1000), "cross_entropy", "bf16", CPU)
     truth = bench.accuracy.Truth(problem, two_phase=False)
