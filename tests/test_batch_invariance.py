@@ -165,6 +165,15 @@ def test_any_row_on_cpu(vocab, threads, instruction_set):
             check(ask, "cpu", torch.device("cpu"), "one pass", vocab, torch.float32, 40)
 
 
+@pytest.mark.parametrize("name", ["eager", "cpu"])
+@pytest.mark.parametrize("ask", ["plain", "terms"])
+def test_a_long_row_alone_has_all_threads_to_itself(name, ask):
+    """torch shares a sum that is the only one out among its threads, which orders it otherwise."""
+    require("cpu")
+    with cpu_with(import_module("fused_losses._cpu").instruction_sets()[0], 2):
+        check(ask, name, torch.device("cpu"), "one pass", 80_000, torch.float32, 9)
+
+
 def test_threads_share_rows_without_a_trace():
     """Large enough for a second thread to help."""
     require("cpu")
