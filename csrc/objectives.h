@@ -2,11 +2,11 @@
 //
 // An objective maps logp, the logprob of the target token under the policy being trained, and the token's inputs to
 // the loss and to g = dloss/dlogp. It runs once per row in float32; the vocabulary-sized stages never see it.
-// logp is in [-inf, 0], never NaN: a NaN row is NaN whatever its loss (Tokens::loss in row.h).
+// logp is in [-inf, 0], never NaN: a NaN row is NaN whatever its loss (loss.h).
 // One file serves the CPU loops, the CUDA kernels and the host tests of device code.
 //
-// To add a loss: write its function below and add its name to FL_OBJECTIVES. The order of the inputs is that of
-// fused_losses/objectives.py; inputs that a call leaves out at the end are +inf.
+// To add a loss: write its function below, and add its name and those of its inputs to FL_OBJECTIVES. Limits that a
+// call leaves out are +inf.
 #pragma once
 
 #include <math.h>
@@ -106,18 +106,27 @@ FL_HD Loss sapo(float logp, const float* in) {
     return {-4.f / tau * s * advantage, log_r.flows ? -4.f * larger * smaller * ratio * advantage : 0.f};
 }
 
-#define FL_OBJECTIVES(apply) \
-    apply(logprobs) apply(cross_entropy) apply(importance_sampling) apply(ppo) apply(cispo) apply(dro) apply(sapo)
+// Each with its inputs, by the names and in the order of fused_losses/objectives.py: compared when a module is loaded.
+// clang-format off
+#define FL_OBJECTIVES(apply)                                                                                         \
+    apply(logprobs)                                                                                                  \
+    apply(cross_entropy)                                                                                             \
+    apply(importance_sampling, old_logprobs, advantages, log_ratio_clamp)                                            \
+    apply(ppo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp, dual_clip, delta) \
+    apply(cispo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp)                 \
+    apply(dro, old_logprobs, advantages, beta, log_ratio_clamp)                                                      \
+    apply(sapo, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_clamp)
+// clang-format on
 
 enum class Objective : int {
-#define FL_ENUMERATOR(name) name,
+#define FL_ENUMERATOR(name, ...) name,
     FL_OBJECTIVES(FL_ENUMERATOR)
 #undef FL_ENUMERATOR
 };
 
 FL_HD Loss evaluate(Objective objective, float logp, const float* in) {
     switch (objective) {
-#define FL_CASE(name) \
+#define FL_CASE(name, ...) \
     case Objective::name: return name(logp, in);
         FL_OBJECTIVES(FL_CASE)
 #undef FL_CASE

@@ -14,9 +14,8 @@ from torch.autograd import forward_ad
 
 from .backends import NAMES
 from .backends.rows import overlap, rows
-from .objectives import OBJECTIVES
-
-Column = Tensor | float
+from .keywords import FINITE, LEAST, MASKS, MOST
+from .problem import Column
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -151,7 +150,7 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     if not isinstance(value, Tensor):
         return number(name, value, " or a tensor")
     value = plain(name, value, logits)
-    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in _MASKS else _COLUMN_DTYPES
+    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in MASKS else _COLUMN_DTYPES
     if value.dtype not in allowed:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     _same_device(name, value, logits.device)
@@ -166,26 +165,6 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
                 f"{name} must broadcast to the tokens' shape {tuple(shape)}, got {tuple(value.shape)}"
             ) from None
     return value if value.dim() == 1 else value.reshape(-1)
-
-
-def objective_inputs(name: str, given: Mapping[str, Any], logits: Tensor) -> list[Column]:
-    """The inputs of objective ``name`` as columns, its bounds checked as far as the host knows them.
-
-    Limits that are None are infinite; those at the end are left out.
-    """
-    objective = OBJECTIVES[name]
-    limits = objective.limits
-    while limits and given[limits[-1]] is None:
-        limits = limits[:-1]
-    columns = [column(key, given[key], logits) for key in objective.inputs + objective.bounds]
-    columns += [math.inf if given[key] is None else column(key, given[key], logits) for key in limits]
-    bounds = columns[len(objective.inputs) :]
-    for key, value in zip(objective.bounds, bounds, strict=False):
-        if isinstance(value, float) and value < 0:
-            raise ValueError(f"{key} must be at least 0, got {value}")
-    if len(objective.bounds) == 2 and objective.bounds[0] == "clip_low_threshold":
-        clip(*bounds[:2])
-    return columns
 
 
 def clip(low: Column | None, high: Column | None) -> None:
@@ -266,11 +245,11 @@ def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> No
 def values_in_range(columns: Mapping[str, Column | None]) -> None:
     """The bounds that only the device knows, by name, for ``validate=True``. Synchronises."""
     for key, value in columns.items():
-        if key not in _LEAST or not isinstance(value, Tensor):  # a number has been looked at
+        if key not in LEAST or not isinstance(value, Tensor):  # a number has been looked at
             continue
-        least, reached = _LEAST[key]
+        least, reached = LEAST[key]
         good = value >= least if reached else value > least
-        if key in _FINITE:
+        if key in FINITE:
             good = good & (value != math.inf)
         if not good.all():
             raise ValueError(f"{key} must be {_at_least(key)} at every token")
@@ -281,30 +260,9 @@ def values_in_range(columns: Mapping[str, Column | None]) -> None:
             raise ValueError("clip_low_threshold must not exceed clip_high_threshold at any token")
 
 
-# name: (bound, whether the bound itself is allowed)
-_LEAST = {
-    "temperature": (0.0, False),
-    "denominator": (0.0, False),
-    "softcap": (0.0, False),
-    "logit_scale": (0.0, False),
-    "tau_positive": (0.0, False),
-    "tau_negative": (0.0, False),
-    "clip_low_threshold": (0.0, True),
-    "clip_high_threshold": (0.0, True),
-    "beta": (0.0, True),
-    "log_ratio_clamp": (0.0, True),
-    "dual_clip": (1.0, True),
-    "delta": (0.0, True),
-    "label_smoothing": (0.0, True),
-    "z_loss": (0.0, True),
-}
-_FINITE = ("temperature", "denominator", "softcap", "logit_scale", "z_loss")
-_MASKS = ("weights", "importance_weights")
-
-
 def _at_least(name: str) -> str:
-    least, reached = _LEAST[name]
-    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in _FINITE else ''}"
+    least, reached = LEAST[name]
+    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in FINITE else ''}"
 
 
 def number(name: str, value: float, or_tensor: str = "") -> float:
@@ -315,12 +273,12 @@ def number(name: str, value: float, or_tensor: str = "") -> float:
     number = value if type(value) is float else _as_float(name, value, or_tensor)
     if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
         raise ValueError(f"{name} must not be NaN")
-    if name in _LEAST:
-        least, reached = _LEAST[name]
-        if number < least or (number == least and not reached) or (name in _FINITE and number == math.inf):
+    if name in LEAST:
+        least, reached = LEAST[name]
+        if number < least or (number == least and not reached) or (name in FINITE and number == math.inf):
             raise ValueError(f"{name} must be {_at_least(name)}, got {number}")
-        if name == "label_smoothing" and number > 1:
-            raise ValueError(f"label_smoothing must be at most 1, got {number}")
+    if name in MOST and number > MOST[name]:
+        raise ValueError(f"{name} must be at most {MOST[name]:g}, got {number}")
     size = -number if number < 0 else number
     if size > _LARGEST and size != math.inf:
         raise ValueError(f"{name} must be within float32's range, got {number}, which float32 has as infinity")

@@ -12,8 +12,7 @@ Formulas work in any float dtype. They mask inputs before ``exp``, not results a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,10 +159,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", self.inputs + self.bounds + self.limits)
-
-    def padded(self, inputs: Sequence[Tensor | float]) -> list[Tensor | float]:
-        """``inputs`` with the limits that were left out at the end."""
-        return [*inputs, *[math.inf] * (len(self.columns) - len(inputs))]
 
 
 _POLICY = ("old_logprobs", "advantages")

@@ -122,6 +122,7 @@ class Problem(NamedTuple):
     inputs: tuple[Column, ...]  # the objective's columns, in its order
     terms: Terms
     denominator: Column  # what the sum is divided by; of a mean, what Backend.normaliser gave
+    vocab: int  # the number of classes
     all_logprobs: bool  # read tokens of weight 0, too, for their logprob
 
     @property
@@ -154,14 +155,15 @@ class Stats(NamedTuple):
     """What stage 1 saw of the vocabulary: float32 (3, N), (K + 4, N) where the problem is not plain.
 
     With one target per token, its element is left out of maximum, sum and moment, so that 1 - p of a sure target is
-    made of what is small, and not of a difference: see docs/mathematics.md. d_j = z_j - z(maximum).
+    made of what is small, and not of a difference: see docs/mathematics.md. d_j = z_j - z(maximum). Zeros where the
+    token was not read.
     """
 
     table: Tensor
 
     @property
     def maximum(self) -> Tensor:
-        """Of the raw logits; at least -FLT_MAX."""
+        """Of the raw logits, at least -FLT_MAX; of a single target whose row has no other mass, its own logit."""
         return self.table[0]
 
     @property
@@ -186,7 +188,8 @@ class Stats(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The derivatives of the loss by logp, H, lse and zbar, each times weight / denominator: (4, N); plain (1, N)."""
+    """float32 (4, N): the derivatives of the loss by logp, H and lse, and that by every z_j alike, which is its
+    derivative by zbar over the number of classes; each times weight / denominator. Plain (1, N): that by logp alone."""
 
     table: Tensor
 

@@ -17,90 +17,47 @@ logp = sum_k share_k (z_tk - lse). What is sent back are the derivatives by logp
 
     dloss/dz_j = g (share_j - U p_j) + p_j (zeta - h (z_j - sum_i p_i z_i)) + s / V
 
-share_j being that of the targets equal to j. ``csrc/row.h`` and ``triton_kernels/terms.py`` hold the same functions.
+share_j being that of the targets equal to j. ``csrc/loss.h`` and ``triton_kernels/terms.py`` hold the same functions.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .objectives import Loss, constant, log_ratio
+from .problem import Column, KlType, PolicyTerms, Terms
 
-Column = Tensor | float
-
-KL_TYPES = ("k1", "k2", "k3", "abs")
-NO_KL = -1
+KL_TYPES: tuple[KlType, ...] = get_args(KlType)
 
 
-class Terms(NamedTuple):
-    """What a call uses beyond its plain loss. A plain loss has None instead, and kernels of its own."""
+class Asked(NamedTuple):
+    """Which of the terms that a policy loss may have it asks for."""
 
-    importance_weights: Column = 1.0  # of the objective only
-    ref_logprobs: Column = 0.0
-    kl_coef: Column = 0.0
-    entropy_coef: Column = 0.0
-    log_ratio_clamp: Column = math.inf  # of the ratio that weights the KL
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0  # of the raw logits; 0: none
-    shares: Tensor | None = None  # (N, K) float32, 0 where a target does not count; target_tokens is (N, K), too
-    kl_type: int = NO_KL  # index in KL_TYPES
-    kl_weighted_by_ratio: bool = False
-    entropy: bool = False  # H is asked for: as an output, or because it has a coefficient
-
-    @property
-    def targets(self) -> int:
-        """K"""
-        return 1 if self.shares is None else self.shares.shape[1]
+    kl: bool
+    entropy: bool
 
 
-def stats_shape(n: int, terms: Terms | None) -> tuple[int, int]:
-    """What stage 1 gives: 3 numbers per token, with terms K + 4."""
-    return 3 if terms is None else terms.targets + 4, n
-
-
-def logprobs_shape(n: int, terms: Terms | None) -> tuple[int, ...]:
-    """A logprob per token; with terms one per target, then the entropy."""
-    return (n,) if terms is None else (terms.targets + 1, n)
-
-
-def coefficients_shape(n: int, terms: Terms | None) -> tuple[int, ...]:
-    """The derivative by logp per token; with terms those by H, lse and zbar, too."""
-    return (n,) if terms is None else (4, n)
-
-
-def pack(terms: Terms | None) -> tuple[tuple[Column | None, ...], list[int]]:
-    """Terms as columns and flags, which cross the dispatcher; nothing at all for None."""
-    if terms is None:
-        return (), []
-    *columns, kl_type, weighted, entropy = terms
-    return tuple(columns), [kl_type, int(weighted), int(entropy)]
-
-
-def unpack(columns: Sequence[Column], flags: Sequence[int]) -> tuple[list[Column], Terms | None]:
-    """(the columns before those of the terms, the terms)"""
-    if not flags:
-        return list(columns), None
-    first = len(columns) - len(Terms._fields) + len(flags)
-    kl_type, weighted, entropy = flags
-    *numbers, shares = columns[first:]
-    given: Any = (*numbers, shares if isinstance(shares, Tensor) else None, kl_type, bool(weighted), bool(entropy))
-    return list(columns[:first]), Terms(*given)
+def asked(terms: PolicyTerms) -> Asked:
+    if terms.kl_type not in KL_TYPES:
+        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {terms.kl_type!r}")
+    kl = isinstance(terms.kl_coef, Tensor) or terms.kl_coef != 0.0
+    if kl and terms.ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
+    return Asked(kl, isinstance(terms.entropy_coef, Tensor) or terms.entropy_coef != 0.0)
 
 
 class Seen(NamedTuple):
-    """What a token sees of its row. Each is per token; ``spread`` is lse - zbar, ``total`` is U."""
+    """What a token sees of its row."""
 
     logp: Tensor
     lse: Tensor
     entropy: Tensor
-    spread: Tensor
-    total: Tensor | float
+    spread: Tensor  # lse - zbar
+    whole: Tensor | float  # U
 
 
 class RowLoss(NamedTuple):
@@ -119,8 +76,8 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
     value, g = formula(logp, *inputs)
     value, g = times(terms.importance_weights, value), times(terms.importance_weights, g)
     h, zeta, s = (torch.zeros_like(g) for _ in range(3))
-    if terms.kl_type != NO_KL:
-        penalty, slope, both = kl(logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+    if terms.kl_type is not None:
+        penalty, slope, both = kl(logp, terms.ref_logprobs, terms.kl_type)
         if terms.kl_weighted_by_ratio:
             clamped, flows = log_ratio(logp, inputs[0], constant(terms.log_ratio_clamp, logp))
             ratio = torch.exp(clamped)
@@ -131,15 +88,15 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
         h = h - terms.entropy_coef
     if terms.label_smoothing != 0:
         e = terms.label_smoothing
-        value, g = times(1 - e, value) + e * seen.total * seen.spread, (1 - e) * g
-        zeta, s = zeta + e * seen.total, s - e * seen.total
+        value, g = times(1 - e, value) + e * seen.whole * seen.spread, (1 - e) * g
+        zeta, s = zeta + e * seen.whole, s - e * seen.whole
     if terms.z_loss != 0:
-        value = value + terms.z_loss * seen.total * seen.lse**2
-        zeta = zeta + 2 * terms.z_loss * seen.total * seen.lse
+        value = value + terms.z_loss * seen.whole * seen.lse**2
+        zeta = zeta + 2 * terms.z_loss * seen.whole * seen.lse
     return RowLoss(value, g.detach(), h, zeta.detach(), s)
 
 
-def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: str) -> tuple[Tensor, Tensor, Tensor]:
+def kl(logp: Tensor, ref_logprobs: Tensor | float, kl_type: KlType) -> tuple[Tensor, Tensor, Tensor]:
     """(estimate of KL(policy || reference) for a token sampled from the policy, its derivative by logp, their sum).
 
     The derivative of ratio * estimate is ratio * sum; for k3 the two cancel in it, so it is formed by itself. k1 and k2

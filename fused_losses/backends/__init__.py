@@ -1,48 +1,88 @@
-"""Backends: modules with the same functions, working on tensors that are already checked.
+"""Backends: objects with the same functions, working on problems whose tensors are already checked.
 
-A column is a per-token input: a Python float, or a float32 tensor of shape (N,) and any stride, 0 included. N is the
-number of tokens. Each backend has
-
-    unusable(device)   why it can't run there and what would fix it, or None
-    loss_and_grad      one pass: all three stages, logits read once, gradient written once
-    stats              stage 1: what the objective needs to know of the vocabulary
-    objective          stage 2: losses, logprobs and gradient coefficients, N-sized
-    grad               stage 3: the gradient from the stats and the coefficients
-    scale              multiply a finished gradient by the upstream gradient, unless that is 1
-
-``eager.py`` is the readable definition of each; ``csrc/row.h`` states the same for C++.
+``eager.py`` is the readable definition of each; ``csrc/problem.h`` states the same for C++.
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
-from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
+
+from ..problem import BackendName, Coefficients, Column, Problem, Stats, Targets, Transform
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
 
 NAMES = ("cuda", "triton", "cpu", "eager")
 
 
+class Backend(Protocol):
+    def unusable(self, device: torch.device) -> str | None:
+        """Why it can't run there and what would fix it, or None."""
+
+    def runs(self, objective: Objective) -> bool:
+        """Whether it has the objective, which need not be one of ours."""
+
+    def normaliser(self, problem: Problem) -> Tensor:
+        """0-d: what a mean divides by, the sum of the active tokens' weights."""
+
+    def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass: write dloss/dlogits into ``gradient``, which may be ``logits``. Returns the 0-d loss and the
+        logprobs, of the shape of :func:`problem.logprobs_shape`, 0 where the token was not read."""
+
+    def stats(self, logits: Tensor, problem: Problem) -> Stats:
+        """Stage 1: what the objective needs to know of the vocabulary."""
+
+    def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
+        """Stage 2, N-sized: the loss, 0-d, or per token and divided by nothing without ``reduce``; the logprobs as in
+        loss_and_grad; what goes back. Without ``reduce`` the problem's denominator is 1."""
+
+    def grad(
+        self,
+        logits: Tensor,
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Column,
+        gradient: Tensor,
+    ) -> None:
+        """Stage 3: write the gradient that stats and coefficients, times ``upstream``, give. A row where either of
+        these is 0 is 0, and its logits are not read."""
+
+    def scale(self, gradient: Tensor, upstream: Tensor) -> None:
+        """gradient *= upstream, one element on the device, without touching memory where it is 1. Zeros stay."""
+
+
+def named(name: str) -> Backend:
+    """The backend of that name, whether it can run or not."""
+    return importlib.import_module(f".{name}", __name__).BACKEND  # type: ignore[no-any-return]
+
+
 @cache
-def resolve(name: str, device: torch.device) -> ModuleType:
-    """The backend module that runs on ``device``. "auto" chooses; an explicit name raises where it can't run."""
+def resolve(name: BackendName, device: torch.device) -> Backend:
+    """The backend that runs on ``device``. "auto" chooses; an explicit name raises where it can't run."""
     if name == "auto":
         name = choose(device)
-    backend = importlib.import_module(f".{name}", __name__)
+    backend = named(name)
     reason = backend.unusable(device)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} can't run on {device}: {reason}")
     return backend
 
 
-def choose(device: torch.device) -> str:
+def choose(device: torch.device) -> BackendName:
     """What "auto" means: cuda, else triton, for CUDA tensors; cpu for CPU tensors; else eager."""
-    for name in {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}.get(device.type, ()):
+    candidates: dict[str, tuple[BackendName, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+    for name in candidates.get(device.type, ()):
         if unusable(name, device) is None:
             return name
     return "eager"
 
 
 def unusable(name: str, device: torch.device) -> str | None:
-    return importlib.import_module(f".{name}", __name__).unusable(device)
+    return named(name).unusable(device)

@@ -2,228 +2,221 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..objectives import OBJECTIVES, constant
-from ..terms import Seen, Terms, row_loss
-
-Column = Tensor | float
+from ..objectives import Objective, constant
+from ..problem import Coefficients, Column, Problem, Stats, Targets, Transform
+from ..terms import Seen, row_loss, times
 
 _FLOAT_MIN = torch.finfo(torch.float32).min
-_LOWEST = -1000.0  # of z_j - z_max where it meets p_j, which is 0 there: 0 * -inf is NaN
+_LOWEST = -1000.0  # of z_j - z_max where it meets e_j, which is 0 there: 0 * -inf is NaN
 
 
-def unusable(device: torch.device) -> str | None:
-    return None
+class Softmax(NamedTuple):
+    """A row's softmax, its single target kept apart from the rest: nothing cancels however sure the row is."""
+
+    lead: Tensor  # z_max - the largest z of the others
+    targets: Tensor  # (K, N): z_t - z_max
+    total: Tensor  # sum_j e^d_j, d_j = z_j - z_max
+    log_total: Tensor
+    mean: Tensor  # sum_j p_j d_j, where the entropy is asked for
+    p: Tensor  # (K, N), of the targets
+    others: Tensor  # (K, N): 1 - p
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.targets - self.log_total
 
 
-def loss_and_grad(
-    logits: Tensor,
-    target_tokens: Tensor,
-    objective_name: str,
-    inputs: tuple[Column, ...],
-    weights: Column,
-    temperature: Column,
-    denominator: Column,
-    mean: bool,
-    ignore_index: int,
-    all_logprobs: bool,
-    terms: Terms | None,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Write dloss/dlogits into ``gradient`` (which may be ``logits``); return the loss and the logprobs.
+class Eager:
+    def unusable(self, device: torch.device) -> str | None:
+        return None
 
-    logprobs: (N,). With terms (K + 1, N): of each target, then the entropy if the terms ask for it.
-    """
-    row_stats = stats(logits, target_tokens, weights, temperature, ignore_index, all_logprobs, terms)
-    loss, logp, coefficients = objective(
-        row_stats,
-        target_tokens,
-        objective_name,
-        inputs,
-        weights,
-        temperature,
-        denominator,
-        mean,
-        ignore_index,
-        True,
-        terms,
-    )
-    shares, softcap = (None, 0.0) if terms is None else (terms.shares, terms.softcap)
-    grad(logits, target_tokens, row_stats, coefficients, 1.0, temperature, shares, softcap, gradient)
-    return loss, logp
+    def runs(self, objective: Objective) -> bool:
+        return True
 
+    def normaliser(self, problem: Problem) -> Tensor:
+        active = _active(problem)
+        weights = constant(problem.weights, problem.targets.tokens.new_empty(0, dtype=torch.float32))
+        return weights.expand_as(active).where(active, 0.0).double().sum().float()
 
-def stats(
-    logits: Tensor,
-    target_tokens: Tensor,
-    weights: Column,
-    temperature: Column,
-    ignore_index: int,
-    all_logprobs: bool,
-    terms: Terms | None,
-) -> Tensor:
-    """(3, N): maximum of the logits, sum_j exp(z_j - z_max), target's logit, z being logits / temperature.
+    def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.stats(logits, problem)
+        loss, logprobs, coefficients = self.objective(stats, problem, True)
+        self.grad(logits, problem.targets, problem.transform, stats, coefficients, 1.0, gradient)
+        return loss, logprobs
 
-    With terms (K + 4, N): z is softcapped, there are K targets' logits, and then sum_j exp(z_j - z_max) (z_j - z_max)
-    if the terms ask for the entropy, and mean_j z_j - z_max if they smooth labels; else these are 0.
+    def stats(self, logits: Tensor, problem: Problem) -> Stats:
+        x = logits.reshape(-1, logits.shape[-1]).float()
+        targets, terms = _matrix(problem.targets), problem.terms
+        outside = (targets < 0) | (targets >= x.shape[1])
+        inside = targets.masked_fill(outside, 0).long()
+        target = x.gather(1, inside).masked_fill(outside, torch.nan)
+        single = targets.shape[1] == 1
+        others = x.scatter(1, inside, -torch.inf) if single else x
+        maximum = others.amax(-1).clamp(min=_FLOAT_MIN)
+        if single:  # where the target has all the mass: (finite - -FLT_MAX) / T would overflow
+            maximum = maximum.where((others > -torch.inf).any(-1), target[:, 0])
+        unit = _inverse_temperature(problem.transform, maximum)[:, None]
+        top = _capped(maximum, problem.transform)[:, None]
+        z = _capped(x, problem.transform)
+        distance = (z - top) * unit
+        # the target again, as a softcap makes -inf finite
+        shown = distance.scatter(1, inside, -torch.inf) if single else distance
+        e = torch.exp(shown)
+        rows = [maximum, e.sum(-1), *target.unbind(1)]
+        if not problem.plain:
+            zero = torch.zeros_like(maximum)
+            rows.append((e * shown.clamp(min=_LOWEST)).sum(-1) if terms.entropy else zero)
+            rows.append(distance.sum(-1) if terms.label_smoothing != 0 else zero)
+        read = _reads(problem)
+        return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
 
-    A target's logit is NaN for a target outside [0, V). Tokens that are not read (ignored, or of weight 0 unless
-    ``all_logprobs``) have 0, 1 and 0 from there on, so that their logprob is 0.
-    """
-    x = logits.reshape(-1, logits.shape[-1]).float()
-    targets = _matrix(target_tokens)
-    outside = (targets < 0) | (targets >= x.shape[1])
-    target = x.gather(1, targets.masked_fill(outside, 0).long()).masked_fill(outside, torch.nan)
-    maximum = x.amax(-1).clamp(min=_FLOAT_MIN)
-    softcap = 0.0 if terms is None else terms.softcap
-    inverse_temperature = _inverse_temperature(temperature, maximum)
-    distance = (_capped(x, softcap) - _capped(maximum, softcap)[:, None]) * inverse_temperature[:, None]
-    e = torch.exp(distance)
-    rows = [maximum, e.sum(-1), *target.unbind(1)]
-    if terms is not None:
-        # p log p is 0 at p = 0
-        moment = (e * distance.clamp(min=_LOWEST)).sum(-1) if terms.entropy else torch.zeros_like(maximum)
-        mean = distance.mean(-1) if terms.label_smoothing != 0 else torch.zeros_like(maximum)
-        rows += [moment, mean]
-    read = (targets != ignore_index).any(1)
-    if not all_logprobs:
-        read = read & _is_nonzero(weights, maximum)
-    return torch.stack([row.where(read, 1.0 if i == 1 else 0.0) for i, row in enumerate(rows)])
-
-
-def objective(
-    row_stats: Tensor,
-    target_tokens: Tensor,
-    objective_name: str,
-    inputs: tuple[Column, ...],
-    weights: Column,
-    temperature: Column,
-    denominator: Column,
-    mean: bool,
-    ignore_index: int,
-    reduce: bool,
-    terms: Terms | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (0-d, or weight * loss per token), the logprobs as in loss_and_grad, and the coefficients.
-
-    coefficients: (N,), weight * dloss/dlogp / denominator. With terms (4, N): by logp, entropy, lse and mean of z.
-    """
-    softcap = 0.0 if terms is None else terms.softcap
-    maximum, total = row_stats[0], row_stats[1]
-    targets = _matrix(target_tokens).T  # (K, N)
-    target = row_stats[2 : 2 + targets.shape[0]]
-    distance = _capped(target, softcap) - _capped(maximum, softcap)
-    inverse_temperature = _inverse_temperature(temperature, maximum)
-    # A row that was not read (0, 1, 0) gives 0 where its temperature is bad, too; one that was shows it in its sum.
-    logp = (distance * inverse_temperature).where(distance != 0, 0.0) - total.log()
-    objective = OBJECTIVES[objective_name]
-    values = [constant(c, maximum) for c in objective.padded(inputs)]
-    active = (targets != ignore_index).any(0) & _is_nonzero(weights, maximum)
-    weights, denominator = constant(weights, maximum), constant(denominator, maximum)
-    if mean:
-        denominator = weights.expand_as(maximum).where(active, 0.0).double().sum().float()
-
-    if terms is None:
-        out = logp = logp[0]
-        losses, g = objective.formula(logp, *values)
-        derivatives = g
-    else:
-        logp = logp.where((targets != ignore_index), 0.0)
-        log_total = total.log()
-        entropy = log_total - row_stats[-2] / total if terms.entropy else torch.zeros_like(total)
-        out = torch.cat((logp, entropy[None]))
-        lse = _capped(maximum, softcap) * inverse_temperature + log_total
-        if terms.shares is None:
-            seen = Seen(logp[0], lse, entropy, log_total - row_stats[-1], 1.0)
+    def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
+        terms, transform, objective = problem.terms, problem.transform, problem.objective
+        like = stats.maximum
+        entropy_asked = not problem.plain and terms.entropy
+        softmax = _softmax(stats, problem.targets, transform, entropy_asked)
+        read, active = _reads(problem), _active(problem)
+        tokens = _matrix(problem.targets).T
+        given = tokens != problem.targets.ignore_index
+        logp = softmax.logprobs.where(given & read, 0.0)
+        inputs = [constant(c, like) for c in problem.inputs]
+        weights, denominator = constant(problem.weights, like), constant(problem.denominator, like)
+        if problem.plain:
+            logprobs = logp[0]
+            losses, g = objective.formula(logprobs, *inputs)
+            derivatives = g[None]
         else:
-            shares = terms.shares.T
-            x = (shares * logp).where(shares != 0, 0.0).sum(0)
-            seen = Seen(x, lse, entropy, log_total - row_stats[-1], shares.sum(0))
-        columns: dict[str, Any] = {
-            name: constant(c, maximum) for name, c in zip(Terms._fields[:5], terms[:5], strict=True)
-        }
-        losses, *by = row_loss(objective.formula, seen, values, terms._replace(**columns))
-        derivatives = torch.stack([d.expand_as(maximum) for d in by])
-        derivatives = torch.where(torch.isnan(seen.logp), torch.nan, derivatives)
-    losses = (weights * losses).where(active, 0.0)
-    # a derivative of 0 (a clipped token) must survive an infinite weight / denominator
-    coefficients = (derivatives * (weights / denominator)).where(active & (derivatives != 0), 0.0)
-    if not reduce:
-        return losses, out, coefficients
-    total_loss = losses.double().sum()
-    nothing = (total_loss == 0) & (denominator == 0)  # no active token: 0, not 0 / 0
-    return (total_loss / denominator).masked_fill(nothing, 0.0).float(), out, coefficients
+            zero = torch.zeros_like(like)
+            entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero
+            logprobs = torch.cat((logp, entropy[None]))
+            lse = _capped(stats.maximum, transform) * _inverse_temperature(transform, like) + softmax.lead
+            spread = softmax.log_total + softmax.lead - stats.drift / problem.vocab
+            whole: Tensor | float = 1.0
+            x = logp[0]
+            if problem.targets.shares is not None:
+                shares = problem.targets.shares.T
+                x = (shares * logp).where(shares != 0, 0.0).sum(0)
+                whole = shares.sum(0)
+            seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
+            columns = {name: constant(getattr(terms, name), like) for name in _COLUMNS}
+            losses, *by, s = row_loss(objective.formula, seen, inputs, terms._replace(**columns))
+            derivatives = torch.stack([d.expand_as(like) for d in (*by, s / problem.vocab)])
+            derivatives = torch.where(torch.isnan(x), torch.nan, derivatives)
+        losses = (weights * losses).where(active, 0.0)
+        # a derivative of 0 (a clipped token) must survive an infinite weight / denominator
+        coefficients = (derivatives * (weights / denominator)).where(active & (derivatives != 0), 0.0)
+        if not reduce:
+            return losses, logprobs, Coefficients(coefficients)
+        total = losses.double().sum()
+        nothing = (total == 0) & (denominator == 0)  # no active token: 0, not 0 / 0
+        return (total / denominator).masked_fill(nothing, 0.0).float(), logprobs, Coefficients(coefficients)
+
+    def grad(
+        self,
+        logits: Tensor,
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Column,
+        gradient: Tensor,
+    ) -> None:
+        x = logits.reshape(-1, logits.shape[-1]).float()
+        vocab = x.shape[1]
+        tokens = _matrix(targets)
+        outside = (tokens < 0) | (tokens >= vocab)
+        shares = torch.ones_like(tokens, dtype=torch.float32) if targets.shares is None else targets.shares
+        counts = shares != 0
+        # what has no element of its own goes to a column beside the vocabulary
+        at = tokens.where(counts & ~outside, vocab).long()
+        whole = shares.sum(1, keepdim=True)
+        by = times(upstream, coefficients.table)
+        softmax = _softmax(stats, targets, transform, not coefficients.plain)
+        unit = _inverse_temperature(transform, stats.maximum)[:, None]
+        top = _capped(stats.maximum, transform)[:, None]
+        distance = (_capped(x, transform) - top) * unit - softmax.lead[:, None]
+        distance = _with_targets(distance, at, softmax.targets.T)
+        p = _with_targets(torch.exp(distance) / softmax.total[:, None], at, softmax.p.T)
+        # share - whole p; where p is near 1 and the target has the whole, made of 1 - p
+        share = x.new_zeros(x.shape[0], vocab + 1).scatter_add(1, at, shares).gather(1, at)
+        drawn = ((share - whole) + whole * softmax.others.T).where(softmax.p.T >= 0.5, share - whole * softmax.p.T)
+        drawn = _with_targets(-whole * p, at, drawn)
+        if coefficients.plain:
+            rows = by[0][:, None] * drawn
+        else:
+            g, h, zeta, s = (row[:, None] for row in by)
+            rows = g * drawn + p * (zeta - h * (distance.clamp(min=_LOWEST) - softmax.mean[:, None])) + s
+        slope = unit
+        if transform.softcap is not None:
+            slope = slope * (1 - torch.tanh(x / transform.softcap) ** 2)
+        rows = (rows * slope).masked_fill((outside & counts).any(1, keepdim=True), torch.nan)
+        gradient.copy_(rows.where((by != 0).any(0)[:, None], 0.0).view(gradient.shape))
+
+    def scale(self, gradient: Tensor, upstream: Tensor) -> None:
+        zero = gradient == 0  # a masked token's gradient stays 0 for an infinite scale, too
+        gradient.mul_(upstream).masked_fill_(zero, 0.0)
 
 
-def grad(
-    logits: Tensor,
-    target_tokens: Tensor,
-    row_stats: Tensor,
-    coefficients: Tensor,
-    upstream: Column,
-    temperature: Column,
-    shares: Tensor | None,
-    softcap: float,
-    gradient: Tensor,
-) -> None:
-    """Write dloss/dlogits into ``gradient``, which may be ``logits``.
+BACKEND = Eager()
 
-    coefficients (N,): c / temperature ([j == target] - p_j), c = coefficient * upstream; 0 where either factor of c is.
-    coefficients (4, N): the formula of terms.py, times dz/dlogits.
-    """
-    x = logits.reshape(-1, logits.shape[-1]).float()
-    vocab = x.shape[1]
-    maximum, total = row_stats[0], row_stats[1]
-    targets = _matrix(target_tokens)
-    outside = (targets < 0) | (targets >= vocab)
-    targets = targets.masked_fill(outside, 0).long()
-    c = coefficients * upstream
-    c = c.where((coefficients != 0) & _is_nonzero(upstream, maximum), 0.0)
-    slope = _inverse_temperature(temperature, maximum)[:, None]
-    distance = (_capped(x, softcap) - _capped(maximum, softcap)[:, None]) * slope
-    p = torch.exp(distance) / total[:, None]
-    if coefficients.dim() == 1:
-        c = (c[:, None] * slope).expand_as(x)
-        rows = (-c * p).scatter(1, targets, c.gather(1, targets) * (1 - p.gather(1, targets)))
-        rows = rows.masked_fill(outside, torch.nan).where(c != 0, 0.0)
-    else:
-        g, h, zeta, s = (row[:, None] for row in c)
-        counts = torch.ones_like(g) if shares is None else shares
-        dense = zeta - h * (distance.clamp(min=_LOWEST) - (row_stats[-2] / total)[:, None])
-        share = torch.zeros_like(p).scatter_add(1, targets, counts)
-        whole = counts.sum(1, keepdim=True)
-        # share - U p, exact where p is near 1 and the target has all of U, too
-        drawn = ((share - whole) + whole * (1 - p)).where((share != 0) & (p > 0.5), share - whole * p)
-        rows = g * drawn + p * dense + s / vocab
-        if softcap:
-            slope = slope * (1 - torch.tanh(x / softcap) ** 2)
-        rows = (rows * slope).masked_fill((outside & (counts != 0)).any(1, keepdim=True), torch.nan)
-        rows = rows.where((c != 0).any(0)[:, None], 0.0)
-    gradient.copy_(rows.view(gradient.shape))
+_COLUMNS = ("importance_weights", "ref_logprobs", "kl_coef", "entropy_coef", "log_ratio_clamp")
 
 
-def scale(gradient: Tensor, upstream: Tensor) -> None:
-    zero = gradient == 0  # a masked token's gradient stays 0 for an infinite scale, too
-    gradient.mul_(upstream).masked_fill_(zero, 0.0)
+def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bool) -> Softmax:
+    unit, top = _inverse_temperature(transform, stats.maximum), _capped(stats.maximum, transform)
+    distance = (_capped(stats.targets, transform) - top) * unit
+    moment = stats.moment if with_mean else torch.zeros_like(top)
+    if targets.num > 1:
+        logp = distance - stats.sum.log()
+        mean = moment / stats.sum
+        return Softmax(torch.zeros_like(top), distance, stats.sum, stats.sum.log(), mean, logp.exp(), -logp.expm1())
+    lead = distance[0].clamp(min=0)
+    behind = distance[0] - lead
+    half = torch.exp(-0.5 * lead)  # twice: only the product may underflow
+    rest, own = half * (half * stats.sum), torch.exp(behind)
+    moment = half * (half * (moment - lead * stats.sum)) + own * behind.clamp(min=_LOWEST)
+    total = rest + own
+    log_total = torch.where(own == 1, torch.log1p(rest), torch.log(total))
+    return Softmax(lead, behind[None], total, log_total, moment / total, (own / total)[None], (rest / total)[None])
 
 
-def _matrix(target_tokens: Tensor) -> Tensor:
+def _with_targets(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """``rows`` with the elements ``at`` replaced; those beside the vocabulary are dropped."""
+    return torch.nn.functional.pad(rows, (0, 1)).scatter(1, at, values)[:, :-1]
+
+
+def _matrix(targets: Targets) -> Tensor:
     """(N, K)"""
-    return target_tokens if target_tokens.dim() == 2 else target_tokens[:, None]
+    return targets.tokens if targets.shares is not None else targets.tokens[:, None]
 
 
-def _capped(x: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(x / softcap) if softcap else x
+def _active(problem: Problem) -> Tensor:
+    given = (_matrix(problem.targets) != problem.targets.ignore_index).any(1)
+    return given & _is_nonzero(problem.weights, given)
 
 
-def _inverse_temperature(temperature: Column, like: Tensor) -> Tensor:
-    t = constant(temperature, like)
+def _reads(problem: Problem) -> Tensor:
+    """Tokens of weight 0 are read only for their logprob, ignored ones never."""
+    if not problem.all_logprobs:
+        return _active(problem)
+    return (_matrix(problem.targets) != problem.targets.ignore_index).any(1)
+
+
+def _capped(x: Tensor, transform: Transform) -> Tensor:
+    return x if transform.softcap is None else transform.softcap * torch.tanh(x / transform.softcap)
+
+
+def _inverse_temperature(transform: Transform, like: Tensor) -> Tensor:
+    t = constant(transform.temperature, like)
     return torch.where(t > 0, 1 / t, torch.nan).expand_as(like)
 
 
 def _is_nonzero(column: Column, like: Tensor) -> Tensor:
-    return (constant(column, like) != 0).expand_as(like)
+    if not isinstance(column, Tensor):
+        column = torch.full((), column, dtype=torch.float32, device=like.device)
+    return (column != 0).expand_as(like)
