@@ -36,7 +36,7 @@ class PlainRow {
         logit_ = stats.target(row_);
     }
 
-    Softmax softmax() const { return softmax_of((logit_ - maximum_) * unit_, sum_, 0.f); }
+    Softmax softmax() const { return softmax_of(target_distance(logit_, maximum_, unit_), sum_, 0.f); }
 
     TokenLoss loss(const Problem& problem, const Softmax& softmax, const LogprobsTable& logprobs) const {
         const float logp = softmax.logprob();

@@ -110,7 +110,7 @@ class TermsRow {
   private:
     float level(float logit) const { return functions<T>().level(logit, softcap_); }
 
-    float distance(int64_t k) const { return (level(scratch_.logits[k]) - level(maximum_)) * scale_; }
+    float distance(int64_t k) const { return target_distance(level(scratch_.logits[k]), level(maximum_), scale_); }
 
     TargetSeen target(const Softmax& softmax, int64_t k) const {
         return targets_.single() ? target_seen(softmax) : target_seen_of_several(softmax, distance(k));
