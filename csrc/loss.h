@@ -1,6 +1,8 @@
 // The maths of one token, between what its row shows and what goes back: host and device code of all C++ backends.
 #pragma once
 
+#include <float.h>
+
 #include "problem.h"
 
 namespace fused_losses {
@@ -29,6 +31,13 @@ struct Softmax {
     FL_HD float logprob() const { return behind - log_total; }
 };
 
+// z_t - z(maximum), from logits or levels. What overflows of finite numbers, as over others that are masked by
+// -FLT_MAX, is as good as the largest number; a target of +inf is not, and makes its row NaN.
+FL_HD float target_distance(float target, float maximum, float scale) {
+    const float distance = (target - maximum) * scale;
+    return distance == INFINITY && target != INFINITY ? FLT_MAX : distance;
+}
+
 // distance: z_t - M. sum, moment: of the others, relative to M. NaN in either, and a target of +inf, come out as NaN.
 FL_HD Softmax softmax_of(float distance, float sum, float moment) {
     Softmax out;
@@ -38,7 +47,7 @@ FL_HD Softmax softmax_of(float distance, float sum, float moment) {
     const float half = expf(-0.5f * out.lead);
     out.rest = half * (half * sum);
     out.own = expf(out.behind);
-    out.moment = half * (half * (moment - times(out.lead, sum))) + times(out.own, out.behind);
+    out.moment = times(half, half * (moment - times(out.lead, sum))) + times(out.own, out.behind);
     out.total = out.rest + out.own;
     out.log_total = out.own == 1.f ? log1pf(out.rest) : logf(out.total);
     return out;

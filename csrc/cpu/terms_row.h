@@ -73,8 +73,11 @@ class TermsRow {
         drift_ = stats.drift(row_);
     }
 
-    TokenLoss loss(const Problem& problem, float denominator, const LogprobsTable& logprobs) const {
-        const Softmax softmax = this->softmax();
+    Softmax softmax() const {
+        return targets_.single() ? softmax_of(distance(0), sum_, moment_) : softmax_of_several(sum_, moment_);
+    }
+
+    TokenLoss loss(const Problem& problem, const Softmax& softmax, const LogprobsTable& logprobs) const {
         float x = 0.f;
         for (int64_t k = 0; k < targets_.num; ++k) {
             const float share = targets_.share(row_, k);
@@ -86,13 +89,13 @@ class TermsRow {
         }
         const RowSeen seen = row_seen(softmax, x, whole(), level(maximum_) * scale_, drift_, problem.vocab);
         logprobs.entropy(row_) = problem.terms.entropy ? seen.entropy : 0.f;
-        return terms_loss(problem, row_, seen, denominator);
+        return terms_loss(problem, row_, seen, problem.denominator.at(0));
     }
 
     // grad may be the logits.
-    void write_gradient(const Coefficients& by, const T* logits, int64_t vocab, Kept kept, T* grad) const {
+    void write_gradient(const Coefficients& by, const Softmax& softmax, const T* logits, int64_t vocab, Kept kept,
+                        T* grad) const {
         const RowFunctions<T>& f = functions<T>();
-        const Softmax softmax = this->softmax();
         const float top = softmax.lead > 0.f ? scratch_.logits[0] : maximum_, c = kLog2e * scale_;
         const Dense dense = dense_gradient(by, whole(), softmax);
         if (kept.exps && dense.slope == 0.f && dense.offset == 0.f) {
@@ -107,11 +110,7 @@ class TermsRow {
   private:
     float level(float logit) const { return functions<T>().level(logit, softcap_); }
 
-    float distance(int64_t k) const { return (level(scratch_.logits[k]) - level(maximum_)) * scale_; }
-
-    Softmax softmax() const {
-        return targets_.single() ? softmax_of(distance(0), sum_, moment_) : softmax_of_several(sum_, moment_);
-    }
+    float distance(int64_t k) const { return target_distance(level(scratch_.logits[k]), level(maximum_), scale_); }
 
     TargetSeen target(const Softmax& softmax, int64_t k) const {
         return targets_.single() ? target_seen(softmax) : target_seen_of_several(softmax, distance(k));
