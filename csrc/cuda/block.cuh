@@ -2,7 +2,7 @@
 // commutes. The order is fixed, so results repeat bitwise.
 #pragma once
 
-#include "sweep.cuh"
+#include "sums.cuh"
 
 namespace fused_losses {
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ T warp_sum(T x) {
 
 __device__ __forceinline__ Sum warp_sum(const Sum& x) { return {warp_sum(x.sum)}; }
 __device__ __forceinline__ Moments warp_sum(const Moments& x) {
-    return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.linear), warp_sum(x.count)};
+    return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.drift), warp_sum(x.count)};
 }
 
 // All sums end up relative to the one maximum, then they are added.
