@@ -10,7 +10,8 @@ namespace fused_losses {
 // rows in flight fit there; launch.cu sees to that.
 template <class T, class Row>
 __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const __grid_constant__ LossAndGradParams p) {
-    typename Row::Reductions reductions(shared_memory<typename Row::Shared>());
+    typename Row::Shared& shared = shared_memory<typename Row::Shared>();
+    int turn = 0;
     const Problem& problem = p.problem;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
@@ -19,8 +20,8 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
         const bool reads = problem.reads(i);
         if (reads) {
             row.read_targets(logits, p.logprobs.data);
-            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), reductions);
-            row.evaluate(problem, problem.denominator.at(0), reductions);
+            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn);
+            row.evaluate(problem, problem.denominator.at(0), shared, turn);
         }
         if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, reads);
         T* grad = row_pointer<T>(p.grad, i);
@@ -34,7 +35,8 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
 
 template <class T, class Row>
 __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_constant__ StatsParams p) {
-    typename Row::Reductions reductions(shared_memory<typename Row::Shared>());
+    typename Row::Shared& shared = shared_memory<typename Row::Shared>();
+    int turn = 0;
     const Problem& problem = p.problem;
     const int vocab = static_cast<int>(p.logits.vocab);
     float* const target_logits = &p.stats.target(0);
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
             row.read_targets(logits, target_logits);
-            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), reductions);
+            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn);
         }
         row.keep(p.stats, problem.terms, reads);
     }
@@ -52,12 +54,13 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
 
 template <class T, class Row>
 __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
-    typename Row::Reductions reductions(shared_memory<typename Row::Shared>());
+    typename Row::Shared& shared = shared_memory<typename Row::Shared>();
+    int turn = 0;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
         Row row(p.targets, p.transform, i, vocab, &p.stats.target(0), p.stats.n);
         row.recall(p.stats);
-        row.send(p.coefficients, p.upstream.at(i), reductions);
+        row.send(p.coefficients, p.upstream.at(i), shared, turn);
         T* grad = row_pointer<T>(p.grad, i);
         if (row.idle())
             zero_row(grad, vocab);

@@ -76,7 +76,7 @@ void for_type_and_row(DType dtype, bool plain, const Transform& transform, Visit
 // One small block: N is small beside N * V.
 template <class Params>
 void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
-    start(kernel, 1, kMaxThreads, sizeof(BlockReduce<double>::Shared), stream, params);
+    start(kernel, 1, kMaxThreads, sizeof(Partials<double>), stream, params);
 }
 
 }  // namespace

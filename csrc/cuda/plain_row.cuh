@@ -8,13 +8,8 @@ namespace fused_losses {
 class PlainRow {
   public:
     using Sums = Sum;
-    using Shared = BlockReduce<Online<Sum>>::Shared;
+    using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;
-
-    struct Reductions {
-        BlockReduce<Online<Sum>> elements;
-        __device__ explicit Reductions(Shared& shared) : elements(shared) {}
-    };
 
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
@@ -31,10 +26,10 @@ class PlainRow {
     }
 
     // mine: what this thread has summed. By all threads of a block, who get the same.
-    __device__ __forceinline__ void see(const Online<Sum>& mine, Reductions& reductions) {
+    __device__ __forceinline__ void see(const Online<Sum>& mine, Shared& shared, int& turn) {
         const Identity by = z;
         const Online<Sum> all =
-            reductions.elements(mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+            block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
         sum_ = all.sums.sum;
         maximum_ = sum_ == 0.f ? target_ : all.max;
     }
@@ -52,7 +47,7 @@ class PlainRow {
     }
 
     // By every thread of a block: to tell one thread's result to the others would cost a barrier.
-    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Reductions&) {
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared&, int&) {
         evaluate(problem, denominator);
     }
     // By one thread for itself.
@@ -73,8 +68,8 @@ class PlainRow {
         coefficients.at(row_) = loss_.by.g;
     }
 
-    __device__ __forceinline__ void send(const CoefficientsTable<const float>& coefficients, float upstream,
-                                         Reductions&) {
+    __device__ __forceinline__ void send(const CoefficientsTable<const float>& coefficients, float upstream, Shared&,
+                                         int&) {
         loss_.by.g = times(coefficients.at(row_), upstream);
         if (!idle()) softmax_ = softmax();
     }

@@ -3,7 +3,7 @@
 //
 // A kind of row offers, to kernels.cuh and tokens.cuh:
 //
-//     Sums, Shared, Reductions, kThreads  what is summed, and where a block does it
+//     Sums, Shared, kThreads              what is summed, and where a block does it
 //     z, left_out                         for the sweep: from a logit to z, and the element that is no part of the sums
 //     read_targets, see, keep             stage 1: from the row to its stats
 //     recall                              stages 2 and 3: the stats that stage 1 kept

@@ -30,13 +30,8 @@ class TermsRow {
     static constexpr int kThreads = Z::kThreads;
 
     struct Shared {
-        BlockReduce<Online<Moments>>::Shared elements;
-        BlockReduce<TargetSums>::Shared targets;
-    };
-    struct Reductions {
-        BlockReduce<Online<Moments>> elements;
-        BlockReduce<TargetSums> targets;
-        __device__ explicit Reductions(Shared& shared) : elements(shared.elements), targets(shared.targets) {}
+        Partials<Online<Moments>> elements;
+        Partials<TargetSums> targets;
     };
 
     const Z z;
@@ -62,10 +57,10 @@ class TermsRow {
         for (int k = threadIdx.x; k < num(); k += blockDim.x) table[k * n_ + row_] = target_logit(logits, index(k));
     }
 
-    __device__ __forceinline__ void see(const Online<Moments>& mine, Reductions& reductions) {
+    __device__ __forceinline__ void see(const Online<Moments>& mine, Shared& shared, int& turn) {
         const Z by = z;
-        const Online<Moments> all =
-            reductions.elements(mine, Online<Moments>{}, [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        const Online<Moments> all = block_reduce(shared.elements, turn, mine, Online<Moments>{},
+                                                 [&](const Online<Moments>& x) { return warp_sum(x, by); });
         sum_ = all.sums.sum;
         maximum_ = single() && sum_ == 0.f ? target_ : all.max;
         moment_ = all.sums.moment * kLn2;
@@ -92,9 +87,9 @@ class TermsRow {
     }
 
     // By every thread of a block.
-    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Reductions& reductions) {
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared& shared, int& turn) {
         softmax_ = softmax();
-        sum_targets(reductions);
+        sum_targets(shared, turn);
         evaluate_sums(problem, denominator);
     }
     // By one thread for itself.
@@ -107,10 +102,12 @@ class TermsRow {
     __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, const Terms& terms,
                                           bool reads) const {
         logprobs.entropy(row_) = reads && terms.entropy ? softmax_.entropy() : 0.f;
+        if (single()) logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
         row_losses[row_] = loss_.value;
     }
-    // After the gradient: the logprobs take the place of the targets' logits.
+    // After the gradient: the logprobs of several targets take the place of their logits.
     __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
+        if (single()) return;
         for (int k = first; k < num(); k += step) {
             const bool given = targets_.at(row_, k) != targets_.ignore_index;
             logprobs.target(row_, k) = reads && given ? target(k).logp : 0.f;
@@ -123,12 +120,12 @@ class TermsRow {
     }
 
     __device__ __forceinline__ void send(const CoefficientsTable<const float>& coefficients, float upstream,
-                                         Reductions& reductions) {
+                                         Shared& shared, int& turn) {
         const auto coefficient = [&](int i) { return times(coefficients.at(row_, i), upstream); };
         loss_.by = {coefficient(0), coefficient(1), coefficient(2), coefficient(3)};
         if (idle()) return;
         softmax_ = softmax();
-        sum_targets(reductions);
+        sum_targets(shared, turn);
         // A target outside [0, V), even if the coefficients, which may come from elsewhere, are numbers.
         if (sums_.logp != sums_.logp) loss_.by.g = NAN;
     }
@@ -197,10 +194,10 @@ class TermsRow {
         for (int k = first; k < num(); k += step) sums.add(share(k), target(k).logp);
         return sums;
     }
-    __device__ __forceinline__ void sum_targets(Reductions& reductions) {
+    __device__ __forceinline__ void sum_targets(Shared& shared, int& turn) {
         sums_ = single() ? sum_targets(0, 1)
-                         : reductions.targets(sum_targets(threadIdx.x, blockDim.x), TargetSums{},
-                                              [](const TargetSums& x) { return warp_sum(x); });
+                         : block_reduce(shared.targets, turn, sum_targets(threadIdx.x, blockDim.x), TargetSums{},
+                                        [](const TargetSums& x) { return warp_sum(x); });
     }
     __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {
         const RowSeen seen =

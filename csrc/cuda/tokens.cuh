@@ -32,8 +32,8 @@ __device__ __forceinline__ double sum_rows(int64_t n, Value value) {
     double sum = 0.0;
 #pragma unroll 4
     for (int64_t row = threadIdx.x; row < n; row += blockDim.x) sum += value(row);
-    BlockReduce<double> block_reduce(shared_memory<BlockReduce<double>::Shared>());
-    return block_reduce(sum, 0.0, [](double x) { return warp_sum(x); });
+    int turn = 0;
+    return block_reduce(shared_memory<Partials<double>>(), turn, sum, 0.0, [](double x) { return warp_sum(x); });
 }
 
 __global__ void __launch_bounds__(kMaxThreads) normaliser_kernel(const __grid_constant__ NormaliserParams p) {

@@ -105,13 +105,14 @@ __device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, int lef
     const int thread = threadIdx.x, step = kUnroll * blockDim.x, left_out_vector = span.vector_of(left_out);
     const uint4* vectors = reinterpret_cast<const uint4*>(row + span.head);
     Online<Sums> acc;
-    for (int first = 0, stop = left_out_vector < 0 ? span.vectors : left_out_vector; first < span.vectors;
-         first += step, stop = span.vectors) {
-        for (; first + step <= stop; first += step)
-            add_chunk<T>(acc, vectors + first + thread, z, [](int) { return true; });
-        add_chunk<T>(acc, vectors + first + thread, z, [&](int u) {
-            const int v = first + u * static_cast<int>(blockDim.x) + thread;
-            return v < span.vectors && v != left_out_vector;
+    int v = thread;
+    for (int stop = left_out_vector < 0 ? span.vectors : left_out_vector; v - thread < span.vectors;
+         v += step, stop = span.vectors) {
+        for (const int last = stop - step + thread; v <= last; v += step)
+            add_chunk<T>(acc, vectors + v, z, [](int) { return true; });
+        add_chunk<T>(acc, vectors + v, z, [&](int u) {
+            const int at = v + u * static_cast<int>(blockDim.x);
+            return at < span.vectors && at != left_out_vector;
         });
     }
     // Last: the vectors beside them have brought their cache lines in. At most 14 + 8 elements, and there are 32
