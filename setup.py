@@ -116,6 +116,7 @@ def cpu_units() -> list[tuple[str, list[str]]]:
         vocab["vocab_avx512"] = [*vocab["vocab_avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     return [
         ("csrc/bindings_cpu.cpp", []),
+        ("csrc/cpu/instruction_sets.cpp", []),
         ("csrc/cpu/launch.cpp", OPENMP),
         *(("csrc/cpu/vocab.cpp", [f"-DFL_VOCAB={table}", *flags]) for table, flags in vocab.items()),
     ]

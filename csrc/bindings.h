@@ -1,123 +1,377 @@
-// The Python face of a backend. The CPU and the CUDA module offer the same five functions on the same integers; each
-// defines `launch` for the five parameter structs. Terms are null for a plain loss.
+// The Python face of a backend: the records of fused_losses/problem.py, read by name, and tensors, read through DLPack.
+// The CPU and the CUDA module offer the same six functions. What does not fit raises before anything is launched.
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <optional>
-#include <tuple>
-#include <vector>
+#include <algorithm>
+#include <string>
 
-#include "row.h"
+#include "dlpack.h"
+#include "launch.h"
 
 namespace fused_losses {
-
-// Throw std::runtime_error when the work could not be started. stream: a cudaStream_t; 0 and unused on CPU.
-void launch(const LossAndGradParams&, const Terms* terms, uintptr_t stream);
-void launch(const StatsParams&, const Terms* terms, uintptr_t stream);
-void launch(const ObjectiveParams&, const Terms* terms, uintptr_t stream);
-void launch(const GradParams&, const Terms* terms, uintptr_t stream);
-void launch(const ScaleParams&, uintptr_t stream);
-
 namespace bindings {
 
 namespace py = pybind11;
 
-using RowsArg = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;  // data, n, inner, strides
-using ColumnArg = std::tuple<uintptr_t, int64_t, float>;                    // data or 0, stride, value
-using TargetsArg = std::tuple<uintptr_t, bool, int64_t, int64_t>;           // data, is_int64, ignore_index, K
-// softcap, entropy, label_smoothing, z_loss, shares or 0, importance_weights, ref_logprobs, kl_coef, entropy_coef,
-// log_ratio_clamp, kl_type, kl_weighted_by_ratio
-using TermsArg = std::optional<
-    std::tuple<float, bool, float, float, uintptr_t, ColumnArg, ColumnArg, ColumnArg, ColumnArg, ColumnArg, int, bool>>;
+// ---- What a module knows of the Python side ------------------------------------------------------------------------
 
-inline Rows rows(const RowsArg& a) {
-    return {reinterpret_cast<void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a), std::get<4>(a)};
-}
-inline Column column(const ColumnArg& a) {
-    return {reinterpret_cast<const float*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
-}
-inline Targets targets(const TargetsArg& a) {
-    return {reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
-}
-inline float* floats(uintptr_t p) { return reinterpret_cast<float*>(p); }
+// clang-format off
+#define FL_NAMES(apply)                                                                                             \
+    apply(logits) apply(gradient) apply(stats) apply(coefficients) apply(logprobs) apply(row_losses) apply(loss)    \
+    apply(upstream) apply(normaliser) apply(table)                                                                  \
+    apply(targets) apply(tokens) apply(ignore_index) apply(shares)                                                  \
+    apply(transform) apply(temperature) apply(softcap)                                                              \
+    apply(weights) apply(objective) apply(name) apply(inputs) apply(denominator) apply(vocab) apply(all_logprobs)   \
+    apply(terms) apply(importance_weights) apply(ref_logprobs) apply(kl_coef) apply(entropy_coef)                   \
+    apply(log_ratio_clamp) apply(label_smoothing) apply(z_loss) apply(kl_type) apply(kl_weighted_by_ratio)          \
+    apply(entropy)
+// clang-format on
 
-inline Tokens tokens(const TargetsArg& t, int objective, const std::vector<ColumnArg>& inputs, const ColumnArg& w) {
-    if (inputs.size() > kMaxInputs) throw std::invalid_argument("an objective takes at most 7 inputs");
-    Tokens out{targets(t), static_cast<Objective>(objective), static_cast<int>(inputs.size()), {}, column(w)};
-    for (size_t i = 0; i < inputs.size(); ++i) out.inputs[i] = column(inputs[i]);
+struct Objectives {
+    const char* name;
+    const char* inputs;  // "old_logprobs, advantages"
+
+    Py_ssize_t num_inputs() const {
+        return *inputs ? 1 + std::count(inputs, inputs + std::char_traits<char>::length(inputs), ',') : 0;
+    }
+};
+
+constexpr Objectives kObjectives[] = {// by Objective
+#define FL_INPUTS(name, ...) {#name, #__VA_ARGS__},
+                                      FL_OBJECTIVES(FL_INPUTS)
+#undef FL_INPUTS
+};
+
+// Made once, when the module is imported.
+struct Python {
+    // interned, so that looking a field up compares pointers
+#define FL_NAME(field) PyObject* const field = PyUnicode_InternFromString(#field);
+    FL_NAMES(FL_NAME)
+#undef FL_NAME
+    py::dict objective_ids, kl_ids;  // name: its number in C++
+    PyObject* tensor_type;
+    int (*tensor_from_object)(void*, dlpack::Tensor*);
+    dlpack::DeviceType device_type;
+
+    explicit Python(dlpack::DeviceType type) : device_type(type) {
+        for (const Objectives& objective : kObjectives)
+            objective_ids[objective.name] = static_cast<int>(&objective - kObjectives);
+        kl_ids["k1"] = static_cast<int>(Kl::k1);
+        kl_ids["k2"] = static_cast<int>(Kl::k2);
+        kl_ids["k3"] = static_cast<int>(Kl::k3);
+        kl_ids["abs"] = static_cast<int>(Kl::abs);
+        const py::object tensor = py::module_::import("torch").attr("Tensor");
+        const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+        const auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+        while (api && api->major > dlpack::kMajor) api = api->previous;
+        if (!api || api->major != dlpack::kMajor) throw py::import_error("torch has another version of DLPack");
+        tensor_type = tensor.ptr();
+        tensor_from_object = api->tensor_from_object;
+    }
+};
+
+inline const Python*& python_slot() {
+    static const Python* python = nullptr;
+    return python;
+}
+inline const Python& python() { return *python_slot(); }
+
+// ---- Fields and numbers --------------------------------------------------------------------------------------------
+
+// `name` is for the message, wherever it goes along.
+[[noreturn]] inline void refuse(PyObject* name, const std::string& what) {
+    throw py::value_error(std::string(py::str(name)) + " " + what);
+}
+[[noreturn]] inline void refuse_type(PyObject* object, PyObject* name, const char* takes) {
+    throw py::type_error(std::string(py::str(name)) + " must be " + takes + ", not " + Py_TYPE(object)->tp_name);
+}
+
+// What a record holds, and so keeps alive through the call; not what a property makes.
+inline PyObject* field(PyObject* record, PyObject* name) {
+    PyObject* value = PyObject_GetAttr(record, name);
+    if (!value) throw py::error_already_set();
+    const bool held = Py_REFCNT(value) > 1;
+    Py_DECREF(value);
+    if (!held) refuse(name, "must be a field of its record");
+    return value;
+}
+
+inline bool is_number(PyObject* object) { return PyFloat_Check(object) || PyLong_Check(object); }
+
+inline float number(PyObject* object, PyObject* name) {
+    if (!is_number(object)) refuse_type(object, name, "a number");
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return static_cast<float>(value);
+}
+
+inline int64_t integer(PyObject* object, PyObject* name) {
+    if (!PyLong_Check(object)) refuse_type(object, name, "an int");
+    const long long value = PyLong_AsLongLong(object);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+
+inline bool flag(PyObject* object) {
+    const int truth = PyObject_IsTrue(object);
+    if (truth < 0) throw py::error_already_set();
+    return truth != 0;
+}
+
+inline int id_in(const py::dict& ids, PyObject* key, PyObject* name) {
+    PyObject* id = PyDict_GetItemWithError(ids.ptr(), key);
+    if (!id && PyErr_Occurred()) throw py::error_already_set();
+    if (!id) refuse(name, "is " + std::string(py::repr(key)) + ", which this module does not have");
+    return static_cast<int>(PyLong_AsLong(id));
+}
+
+// ---- Tensors -------------------------------------------------------------------------------------------------------
+
+inline dlpack::Tensor tensor(PyObject* object, PyObject* name) {
+    if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(python().tensor_type)))
+        refuse_type(object, name, "a tensor");
+    dlpack::Tensor out;
+    if (python().tensor_from_object(object, &out) != 0) throw py::error_already_set();
+    if (out.device_type != python().device_type) refuse(name, "is on a device that this backend does not run on");
+    out.data = static_cast<char*>(out.data) + out.byte_offset;
     return out;
 }
 
-inline std::optional<Terms> terms(const TermsArg& a) {
-    if (!a) return std::nullopt;
-    const auto& [softcap, entropy, smoothing, z_loss, shares, importance, ref, kl_coef, entropy_coef, clamp, kl,
-                 weighted] = *a;
-    return Terms{softcap,
-                 entropy,
-                 smoothing,
-                 z_loss,
-                 floats(shares),
-                 column(importance),
-                 column(ref),
-                 column(kl_coef),
-                 column(entropy_coef),
-                 column(clamp),
-                 static_cast<Kl>(kl),
-                 weighted};
+inline bool is(const dlpack::Tensor& t, dlpack::TypeCode code, int bits) {
+    return t.dtype.code == code && t.dtype.bits == bits;
 }
+
+inline int64_t elements(const dlpack::Tensor& t) {
+    int64_t product = 1;
+    for (int i = 0; i < t.ndim; ++i) product *= t.shape[i];
+    return product;
+}
+
+inline bool contiguous(const dlpack::Tensor& t) {
+    int64_t stride = 1;
+    for (int i = t.ndim; i-- > 0; stride *= t.shape[i])
+        if (t.shape[i] > 1 && t.strides[i] != stride) return false;
+    return true;
+}
+
+inline float* floats(PyObject* object, int64_t size, PyObject* name) {
+    const dlpack::Tensor t = tensor(object, name);
+    if (!is(t, dlpack::kFloat, 32) || !contiguous(t)) refuse(name, "must be contiguous float32");
+    if (elements(t) != size)
+        refuse(name, "has " + std::to_string(elements(t)) + " elements, not " + std::to_string(size));
+    return static_cast<float*>(t.data);
+}
+
+inline Rows matrix(PyObject* object, PyObject* name) {
+    const dlpack::Tensor t = tensor(object, name);
+    Rows rows;
+    rows.data = t.data;
+    if (is(t, dlpack::kFloat, 32)) {
+        rows.dtype = DType::float32;
+    } else if (is(t, dlpack::kBfloat, 16)) {
+        rows.dtype = DType::bfloat16;
+    } else if (is(t, dlpack::kFloat, 16)) {
+        rows.dtype = DType::float16;
+    } else {
+        refuse(name, "must be float32, bfloat16 or float16");
+    }
+    if (t.ndim < 1 || t.ndim > 3) refuse(name, "must have 1 to 3 dimensions, not " + std::to_string(t.ndim));
+    rows.vocab = t.shape[t.ndim - 1];
+    if (rows.vocab > 1 && t.strides[t.ndim - 1] != 1) refuse(name, "must have a contiguous last dimension");
+    const int64_t outer = t.ndim == 3 ? t.shape[0] : 1, inner = t.ndim >= 2 ? t.shape[t.ndim - 2] : 1;
+    const int64_t outer_stride = t.ndim == 3 ? t.strides[0] : 0, inner_stride = t.ndim >= 2 ? t.strides[t.ndim - 2] : 0;
+    rows.n = outer * inner;
+    if (inner == 1) {  // one stride where there is one
+        rows.inner = std::max<int64_t>(rows.n, 1), rows.outer_stride = 0, rows.inner_stride = outer_stride;
+    } else if (outer == 1 || outer_stride == inner * inner_stride) {
+        rows.inner = std::max<int64_t>(rows.n, 1), rows.outer_stride = 0, rows.inner_stride = inner_stride;
+    } else {
+        rows.inner = std::max<int64_t>(inner, 1), rows.outer_stride = outer_stride, rows.inner_stride = inner_stride;
+    }
+    return rows;
+}
+
+inline Rows gradient_of(const Rows& logits, PyObject* object) {
+    const Rows rows = matrix(object, python().gradient);
+    if (rows.n != logits.n || rows.vocab != logits.vocab || rows.dtype != logits.dtype)
+        refuse(python().gradient, "must have the shape and the dtype of the logits");
+    return rows;
+}
+
+inline Column column(PyObject* object, int64_t n, PyObject* name) {
+    if (is_number(object)) return {nullptr, 0, number(object, name)};
+    const dlpack::Tensor t = tensor(object, name);
+    if (!is(t, dlpack::kFloat, 32)) refuse(name, "must be float32");
+    if (t.ndim > 1 || (t.ndim == 1 && t.shape[0] != n)) refuse(name, "must be a number or one per token");
+    return {static_cast<const float*>(t.data), t.ndim ? t.strides[0] : 0, 0.f};
+}
+
+inline Column column_of(PyObject* record, int64_t n, PyObject* name) { return column(field(record, name), n, name); }
+
+// ---- Records -------------------------------------------------------------------------------------------------------
+
+inline Targets targets(PyObject* record, int64_t n) {
+    const Python& py = python();
+    const dlpack::Tensor tokens = tensor(field(record, py.tokens), py.tokens);
+    PyObject* shares = field(record, py.shares);
+    const bool several = shares != Py_None;
+    Targets out;
+    out.data = tokens.data;
+    out.is_int64 = is(tokens, dlpack::kInt, 64);
+    if (!(out.is_int64 || is(tokens, dlpack::kInt, 32)) || !contiguous(tokens))
+        refuse(py.tokens, "must be contiguous int64 or int32");
+    if (tokens.ndim != (several ? 2 : 1)) refuse(py.tokens, several ? "must be (N, K)" : "must be (N,)");
+    if (tokens.shape[0] != n) refuse(py.tokens, "must have a target for each row of the logits");
+    out.num = several ? tokens.shape[1] : 1;
+    out.ignore_index = integer(field(record, py.ignore_index), py.ignore_index);
+    out.shares = several ? floats(shares, n * out.num, py.shares) : nullptr;
+    return out;
+}
+
+inline Transform transform(PyObject* record, int64_t n) {
+    const Python& py = python();
+    PyObject* softcap = field(record, py.softcap);
+    return {column_of(record, n, py.temperature), softcap == Py_None ? 0.f : number(softcap, py.softcap)};
+}
+
+inline Terms terms(PyObject* record, int64_t n) {
+    const Python& py = python();
+    PyObject* kl_type = field(record, py.kl_type);
+    Terms out;
+    out.importance_weights = column_of(record, n, py.importance_weights);
+    out.ref_logprobs = column_of(record, n, py.ref_logprobs);
+    out.kl_coef = column_of(record, n, py.kl_coef);
+    out.entropy_coef = column_of(record, n, py.entropy_coef);
+    out.log_ratio_clamp = column_of(record, n, py.log_ratio_clamp);
+    out.label_smoothing = number(field(record, py.label_smoothing), py.label_smoothing);
+    out.z_loss = number(field(record, py.z_loss), py.z_loss);
+    out.kl_type = kl_type == Py_None ? Kl::none : static_cast<Kl>(id_in(py.kl_ids, kl_type, py.kl_type));
+    out.kl_weighted_by_ratio = flag(field(record, py.kl_weighted_by_ratio));
+    out.entropy = flag(field(record, py.entropy));
+    return out;
+}
+
+inline bool is_plain(const Problem& problem) {
+    const Terms& terms = problem.terms;
+    return !problem.targets.shares && problem.transform.softcap == 0.f && terms.kl_type == Kl::none && !terms.entropy &&
+           terms.label_smoothing == 0.f && terms.z_loss == 0.f && !terms.importance_weights.data &&
+           terms.importance_weights.value == 1.f;
+}
+
+inline Problem problem(PyObject* record, int64_t n) {
+    const Python& py = python();
+    Problem out;
+    out.targets = targets(field(record, py.targets), n);
+    out.transform = transform(field(record, py.transform), n);
+    out.weights = column_of(record, n, py.weights);
+    const int objective = id_in(py.objective_ids, field(field(record, py.objective), py.name), py.objective);
+    out.objective = static_cast<Objective>(objective);
+    PyObject* inputs = field(record, py.inputs);
+    if (!PyTuple_Check(inputs) || PyTuple_GET_SIZE(inputs) != kObjectives[objective].num_inputs())
+        refuse(py.inputs, std::string("must be a tuple of ") + kObjectives[objective].inputs);
+    for (Py_ssize_t i = 0; i < kMaxInputs; ++i)
+        out.inputs[i] = i < PyTuple_GET_SIZE(inputs) ? column(PyTuple_GET_ITEM(inputs, i), n, py.inputs) : Column{};
+    out.terms = terms(field(record, py.terms), n);
+    out.denominator = column_of(record, n, py.denominator);
+    out.vocab = integer(field(record, py.vocab), py.vocab);
+    out.all_logprobs = flag(field(record, py.all_logprobs));
+    out.plain = is_plain(out);
+    return out;
+}
+
+inline LogprobsTable logprobs(PyObject* object, const Problem& problem, int64_t n) {
+    const int64_t num = problem.targets.num;
+    return {floats(object, problem.plain ? n : (num + 1) * n, python().logprobs), n, num};
+}
+
+template <class Float>
+StatsTable<Float> stats(PyObject* record, bool plain, int64_t num, int64_t n) {
+    PyObject* table = field(record, python().table);
+    return {floats(table, (plain ? 3 : num + 4) * n, python().stats), n, num};
+}
+
+template <class Float>
+CoefficientsTable<Float> coefficients(PyObject* record, bool plain, int64_t n) {
+    PyObject* table = field(record, python().table);
+    return {floats(table, (plain ? 1 : 4) * n, python().coefficients), n};
+}
+
+inline bool has_one_row(PyObject* coefficients_table) {
+    const dlpack::Tensor t = tensor(coefficients_table, python().coefficients);
+    return t.ndim == 2 && t.shape[0] == 1;
+}
+
+inline int64_t tokens_of(PyObject* problem) {
+    const Python& py = python();
+    const dlpack::Tensor tokens = tensor(field(field(problem, py.targets), py.tokens), py.tokens);
+    return tokens.ndim ? tokens.shape[0] : 0;
+}
+
+// ---- The six functions ---------------------------------------------------------------------------------------------
 
 template <class Params>
-void run(const Params& params, const std::optional<Terms>& terms, uintptr_t stream) {
+void run(const Params& params, uintptr_t stream) {
     py::gil_scoped_release release;
-    launch(params, terms ? &*terms : nullptr, stream);
+    launch(params, stream);
 }
 
-inline void bind(py::module_& m) {
-    std::vector<const char*> objectives;  // index in this list = Objective
-#define FL_NAME(name) objectives.push_back(#name);
-    FL_OBJECTIVES(FL_NAME)
-#undef FL_NAME
-    m.attr("objectives") = py::cast(objectives);
+inline void bind(py::module_& m, dlpack::DeviceType device_type) {
+    python_slot() = new Python(device_type);
 
-    m.def("loss_and_grad",
-          [](const RowsArg& logits, const RowsArg& grad, int dtype, int64_t vocab, const TargetsArg& t, int objective,
-             const std::vector<ColumnArg>& inputs, const ColumnArg& weights, const ColumnArg& temperature,
-             const ColumnArg& denominator, bool mean, bool all_logprobs, uintptr_t logprobs, uintptr_t row_losses,
-             uintptr_t loss, const TermsArg& terms_arg, uintptr_t stream) {
-              run(LossAndGradParams{rows(logits), rows(grad), static_cast<DType>(dtype), vocab,
-                                    tokens(t, objective, inputs, weights), column(temperature), column(denominator),
-                                    mean, all_logprobs, floats(logprobs), floats(row_losses), floats(loss)},
-                  terms(terms_arg), stream);
-          });
-    m.def("stats", [](const RowsArg& logits, int dtype, int64_t vocab, const TargetsArg& t, const ColumnArg& weights,
-                      const ColumnArg& temperature, bool all_logprobs, uintptr_t stats, const TermsArg& terms_arg,
-                      uintptr_t stream) {
-        run(StatsParams{rows(logits), static_cast<DType>(dtype), vocab, targets(t), column(weights),
-                        column(temperature), all_logprobs, floats(stats)},
-            terms(terms_arg), stream);
+    // {name: the names of its inputs}: compared with fused_losses/objectives.py
+    py::dict objectives;
+    for (const Objectives& objective : kObjectives) objectives[objective.name] = objective.inputs;
+    m.attr("objectives") = objectives;
+
+    m.def("loss_and_grad", [](py::handle logits_arg, py::handle gradient, py::handle record, py::handle logprobs_arg,
+                              py::handle row_losses, py::handle loss, uintptr_t stream) {
+        const Rows logits = matrix(logits_arg.ptr(), python().logits);
+        const Problem asked = problem(record.ptr(), logits.n);
+        run(LossAndGradParams{logits, gradient_of(logits, gradient.ptr()), asked,
+                              logprobs(logprobs_arg.ptr(), asked, logits.n),
+                              floats(row_losses.ptr(), logits.n, python().row_losses),
+                              floats(loss.ptr(), 1, python().loss)},
+            stream);
     });
-    m.def("objective", [](uintptr_t stats, int64_t n, const TargetsArg& t, int objective,
-                          const std::vector<ColumnArg>& inputs, const ColumnArg& weights, const ColumnArg& temperature,
-                          const ColumnArg& denominator, bool mean, uintptr_t logprobs, uintptr_t row_losses,
-                          uintptr_t coefficients, uintptr_t loss, const TermsArg& terms_arg, uintptr_t stream) {
-        run(ObjectiveParams{floats(stats), n, tokens(t, objective, inputs, weights), column(temperature),
-                            column(denominator), mean, floats(logprobs), floats(row_losses), floats(coefficients),
-                            floats(loss)},
-            terms(terms_arg), stream);
+    m.def("stats", [](py::handle logits_arg, py::handle record, py::handle stats_arg, uintptr_t stream) {
+        const Rows logits = matrix(logits_arg.ptr(), python().logits);
+        const Problem asked = problem(record.ptr(), logits.n);
+        run(StatsParams{logits, asked, stats<float>(stats_arg.ptr(), asked.plain, asked.targets.num, logits.n)},
+            stream);
     });
-    m.def("grad", [](const RowsArg& logits, const RowsArg& grad, int dtype, int64_t vocab, const TargetsArg& t,
-                     const ColumnArg& temperature, const ColumnArg& coefficients, const ColumnArg& upstream,
-                     uintptr_t stats, const TermsArg& terms_arg, uintptr_t stream) {
-        run(GradParams{rows(logits), rows(grad), static_cast<DType>(dtype), vocab, targets(t), column(temperature),
-                       column(coefficients), column(upstream), floats(stats)},
-            terms(terms_arg), stream);
+    m.def("objective", [](py::handle stats_arg, py::handle record, py::handle logprobs_arg, py::handle row_losses,
+                          py::handle coefficients_arg, py::handle loss, uintptr_t stream) {
+        const int64_t n = tokens_of(record.ptr());
+        const Problem asked = problem(record.ptr(), n);
+        run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
+                            logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
+                            coefficients<float>(coefficients_arg.ptr(), asked.plain, n),
+                            loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss)},
+            stream);
     });
-    m.def("scale", [](const RowsArg& grad, int dtype, int64_t vocab, uintptr_t scale, uintptr_t stream) {
-        const ScaleParams params{rows(grad), static_cast<DType>(dtype), vocab, floats(scale)};
-        py::gil_scoped_release release;
-        launch(params, stream);
+    m.def("grad", [](py::handle logits_arg, py::handle gradient, py::handle targets_arg, py::handle transform_arg,
+                     py::handle stats_arg, py::handle coefficients_arg, py::handle upstream, uintptr_t stream) {
+        const Rows logits = matrix(logits_arg.ptr(), python().logits);
+        const Targets asked = targets(targets_arg.ptr(), logits.n);
+        const bool plain = has_one_row(field(coefficients_arg.ptr(), python().table));
+        run(GradParams{logits, gradient_of(logits, gradient.ptr()), asked, transform(transform_arg.ptr(), logits.n),
+                       stats<const float>(stats_arg.ptr(), plain, asked.num, logits.n),
+                       coefficients<const float>(coefficients_arg.ptr(), plain, logits.n),
+                       column(upstream.ptr(), logits.n, python().upstream), plain},
+            stream);
+    });
+    m.def("scale", [](py::handle gradient, py::handle upstream, uintptr_t stream) {
+        run(ScaleParams{matrix(gradient.ptr(), python().gradient), floats(upstream.ptr(), 1, python().upstream)},
+            stream);
+    });
+    m.def("normaliser", [](py::handle record, py::handle normaliser, uintptr_t stream) {
+        const int64_t n = tokens_of(record.ptr());
+        run(NormaliserParams{n, targets(field(record.ptr(), python().targets), n),
+                             column_of(record.ptr(), n, python().weights),
+                             floats(normaliser.ptr(), 1, python().normaliser)},
+            stream);
     });
 }
 

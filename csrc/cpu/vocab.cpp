@@ -50,14 +50,21 @@ FL_INLINE Group kept_group(const float* exps, int64_t count) {
     return load_group(padded);
 }
 
-// 0 where a group has elements of the row, -inf where it has padding.
 template <class T>
-FL_INLINE Group inside(int64_t count) {
-    T zeros[kStep];
-    memset(static_cast<void*>(zeros), 0, sizeof zeros);
-    Group out = {};
-    for_each_group(zeros, count, [&](const Group& x, int64_t, int64_t) __attribute__((always_inline)) { out = x; });
-    return out;
+FL_INLINE T minus_infinity() {
+    T group[kStep];
+    store_group(group, group_of(-INFINITY));
+    return group[0];
+}
+
+FL_INLINE bool holds(int64_t size, int64_t index) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
+
+// 0 where a group has an element that counts, -inf where it has padding or what is left out.
+template <class T>
+FL_INLINE Group counted(int64_t count, int64_t left_out) {
+    T group[kStep];
+    for (int64_t i = 0; i < kStep; ++i) group[i] = i < count && i != left_out ? T{} : minus_infinity<T>();
+    return load_group(group);
 }
 
 template <class T>
@@ -121,19 +128,20 @@ struct LaneSums {
 // where nothing else goes to memory, else the two get in each other's way.
 constexpr int64_t kNear = 2048, kFar = 8192;  // bytes
 
+// next: where the block lies in memory, if it is not there that it is read. left_out: counted from the block's begin.
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float c, float inverse_cap, float* exps,
-                              int64_t far) {
+FL_INLINE LaneSums block_sums(const T* block, int64_t n, const T* next, int64_t left_out, Floats reference, float c,
+                              float inverse_cap, float* exps, int64_t far) {
     Group total = {}, moment = {};
     for_each_group(block, n, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
-        prefetch_group(block + j, kNear, false);
-        if (far) prefetch_group(block + j, far, true);
+        prefetch_group(next + j, kNear, false);
+        if (far) prefetch_group(next + j, far, true);
         const Group y = levels<with_cap>(x, inverse_cap).value;
         Group d, e;
         for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
-        if (with_cap && count < kStep) {  // a capped -inf is finite
-            const Group not_padding = inside<T>(count);
-            for (int64_t i = 0; i < kGroup; ++i) d.of[i] += not_padding.of[i];
+        if (with_cap && (count < kStep || holds(kStep, left_out - j))) {  // a capped -inf is finite
+            const Group mask = counted<T>(count, left_out - j);
+            for (int64_t i = 0; i < kGroup; ++i) d.of[i] += mask.of[i];
         }
         for (int64_t i = 0; i < kGroup; ++i) {
             d.of[i] = bounded(d.of[i]);
@@ -147,18 +155,25 @@ FL_INLINE LaneSums block_sums(const T* block, int64_t n, Floats reference, float
 }
 
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, float inverse_cap, Kept kept) {
+FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap, Kept kept) {
     Floats max = all(-FLT_MAX), reference = level<with_cap>(max, inverse_cap);
     LaneSums sums = {};
+    T without[kBlock];
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         const int64_t n = block_size(vocab, begin);
-        max = lane_max(logits + begin, n, max);
+        const T* block = logits + begin;
+        if (holds(n, left_out - begin)) {  // neither maximum nor sum sees -inf
+            memcpy(static_cast<void*>(without), block, n * sizeof(T));
+            without[left_out - begin] = minus_infinity<T>();
+            block = without;
+        }
+        max = lane_max(block, n, max);
         const Floats lower = reference;
         reference = level<with_cap>(max, inverse_cap);
         sums.move(bounded((lower - reference) * c));
-        const LaneSums seen = block_sums<with_moment, with_cap, keep>(logits + begin, n, reference, c, inverse_cap,
-                                                                      keep ? kept.exps + begin : nullptr,
-                                                                      keep && !kept.in_cache ? 0 : kFar);
+        const LaneSums seen = block_sums<with_moment, with_cap, keep>(
+            block, n, logits + begin, left_out - begin, reference, c, inverse_cap, keep ? kept.exps + begin : nullptr,
+            keep && !kept.in_cache ? 0 : kFar);
         sums.sum += seen.sum;
         sums.moment += seen.moment;
         if (keep) store(kept.references + begin / kBlock * kReferences, max);
@@ -169,21 +184,21 @@ FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, float c, float inve
 }
 
 template <class T>
-Sum exponentials(const T* logits, int64_t vocab, float c, Kept kept) {
-    return (kept.exps ? sweep<false, false, true>(logits, vocab, c, 0.f, kept)
-                      : sweep<false, false, false>(logits, vocab, c, 0.f, kept))
+Sum exponentials(const T* logits, int64_t vocab, int64_t left_out, float c, Kept kept) {
+    return (kept.exps ? sweep<false, false, true>(logits, vocab, left_out, c, 0.f, kept)
+                      : sweep<false, false, false>(logits, vocab, left_out, c, 0.f, kept))
         .sum;
 }
 
 template <class T>
-SumAndMoment moments(const T* logits, int64_t vocab, float c, float softcap, Kept kept) {
-    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, c, 1.f / softcap, kept);
-    return kept.exps ? sweep<true, false, true>(logits, vocab, c, 0.f, kept)
-                     : sweep<true, false, false>(logits, vocab, c, 0.f, kept);
+SumAndMoment moments(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap, Kept kept) {
+    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, left_out, c, 1.f / softcap, kept);
+    return kept.exps ? sweep<true, false, true>(logits, vocab, left_out, c, 0.f, kept)
+                     : sweep<true, false, false>(logits, vocab, left_out, c, 0.f, kept);
 }
 
 template <bool with_cap, class T>
-FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, float inverse_cap) {
+FL_INLINE float drift_of(const T* logits, int64_t vocab, float max, float inverse_cap) {
     const float reference = level<with_cap>(all(max), inverse_cap)[0];
     double sum = 0.0;
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -197,13 +212,13 @@ FL_INLINE float mean_distance_of(const T* logits, int64_t vocab, float max, floa
             max);
         sum += sum_of(merged_sum(total));
     }
-    return static_cast<float>(sum / vocab);
+    return static_cast<float>(sum);
 }
 
 template <class T>
-float mean_distance(const T* logits, int64_t vocab, float max, float softcap) {
-    return softcap != 0.f ? mean_distance_of<true>(logits, vocab, max, 1.f / softcap)
-                          : mean_distance_of<false>(logits, vocab, max, 0.f);
+float drift(const T* logits, int64_t vocab, float max, float softcap) {
+    return softcap != 0.f ? drift_of<true>(logits, vocab, max, 1.f / softcap)
+                          : drift_of<false>(logits, vocab, max, 0.f);
 }
 
 // ---- Writing its gradient ------------------------------------------------------------------------
@@ -299,7 +314,7 @@ struct Row {
         *element = padded[0];
     }
     static constexpr RowFunctions<T> functions() {
-        return {exponentials<T>, scaled<T>,      exponentials_scaled<T>, moments<T>, mean_distance<T>, combination<T>,
+        return {exponentials<T>, scaled<T>,      exponentials_scaled<T>, moments<T>, drift<T>, combination<T>,
                 level_of,        level_slope_of, scaled_in_place<T>,     load_one,   store_one};
     }
 };

@@ -18,10 +18,13 @@ struct Float16 {
 // A row is walked in blocks: short enough that the exponentials run on L1 while the next block comes from memory.
 constexpr int64_t kBlock = 512;
 
+// Of all elements but the one that is left out, if that index is one of the row's.
 struct Sum {
-    float max;    // of the logits, at least -FLT_MAX, so that a row of -inf gives 0 / 0 and not inf - inf everywhere
+    float max;    // of the logits, at least -FLT_MAX: of a row of -inf the sum is 0, and not inf - inf
     float value;  // sum_j exp2((logits_j - max) * c)
 };
+
+constexpr int64_t kNone = -1;  // to leave out
 
 // The same of levels y_j: the logits or, with a softcap, tanh(logit / softcap), so that only differences are multiplied
 // by the cap, which is in c. moment = sum_j 2^d_j d_j, d_j = (y_j - y_max) * c. max is that of the raw logits.
@@ -52,10 +55,10 @@ struct Kept {
 template <class T>
 struct RowFunctions {
     // exps_j = exp2((logits_j - reference) * c): one read of the logits, one exponential per element; scaling a block's
-    // lanes by exp2((reference - max) * c) completes it. exps may be float32 logits.
-    Sum (*exponentials)(const T* logits, int64_t vocab, float c, Kept kept);
+    // lanes by exp2((reference - max) * c) completes it. exps may be float32 logits. What is left out keeps 0.
+    Sum (*exponentials)(const T* logits, int64_t vocab, int64_t left_out, float c, Kept kept);
 
-    // grad_j = factor * exps_j, completed block by block.
+    // grad_j = factor * exps_j, completed block by block; max is any logit that none of the exponentials' exceeds.
     void (*write_scaled)(Kept kept, int64_t vocab, float max, float c, float factor, T* grad);
 
     // grad_j = factor * exp2((logits_j - max) * c); grad may be the logits.
@@ -64,10 +67,10 @@ struct RowFunctions {
     // ---- With terms: softcap 0 is none --------------------------------------------------------------------------
 
     // As exponentials, with the moment; exps is not the logits, and with a softcap null.
-    SumAndMoment (*moments)(const T* logits, int64_t vocab, float c, float softcap, Kept kept);
+    SumAndMoment (*moments)(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap, Kept kept);
 
-    // mean_j y_j - y_max
-    float (*mean_distance)(const T* logits, int64_t vocab, float max, float softcap);
+    // sum_j y_j - y_max over all elements
+    float (*drift)(const T* logits, int64_t vocab, float max, float softcap);
 
     // kept by `moments` or `exponentials`; exps null: made from the logits again, as they are with a softcap. grad may
     // be the logits.

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from .native import Native, load
+from .native import Native
+
+
+class Cpu(Native):
+    device_type = "cpu"
+
+    def launch(self, function: Callable[..., None], device: torch.device, *args: Any) -> None:
+        function(*args, 0)
+
 
 # After torch, whose OpenMP runtime it then shares.
-_cpu, _cause = load("_cpu", "install a C++ compiler")
-
-
-def unusable(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "it takes CPU tensors"
-    if _cpu is None:
-        return _cause
-    return None
-
-
-if _cpu is not None:
-    _native = Native(_cpu)
-    loss_and_grad = _native.loss_and_grad
-    stats = _native.stats
-    objective = _native.objective
-    grad = _native.grad
-    scale = _native.scale
+BACKEND = Cpu("_cpu", "install a C++ compiler")

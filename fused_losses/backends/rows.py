@@ -42,6 +42,17 @@ def rows(logits: Tensor) -> Rows | None:
     return Rows(n, n, 0, levels[0][1] if levels else 0)
 
 
+def as_matrix(logits: Tensor) -> Tensor:
+    """The same rows as a view of at most three dimensions, which is what C++ walks."""
+    if logits.dim() <= 3:
+        return logits
+    layout = rows(logits)
+    assert layout is not None  # what can't be walked has been copied
+    n, inner, outer_stride, inner_stride = layout
+    shape = (n // inner, inner, logits.shape[-1])
+    return logits.as_strided(shape, (outer_stride, inner_stride, 1))
+
+
 def overlap(logits: Tensor) -> bool:
     """Whether two elements share memory (expanded or overlapping rows), so that writing in place is not defined."""
     extent = 1

@@ -1,0 +1,162 @@
+// A row with a softcap, several targets, or terms beside its objective: what is summed of it, and what is sent back.
+#pragma once
+
+#include <algorithm>
+
+#include "row.h"
+
+namespace fused_losses {
+namespace cpu {
+
+// What a row has per target, kept between rows for its memory.
+struct TargetScratch {
+    std::vector<float> logits;
+    std::vector<int64_t> order;
+};
+
+inline TargetScratch& target_scratch(int64_t num) {
+    static thread_local TargetScratch scratch;
+    scratch.logits.resize(num);
+    return scratch;
+}
+
+// One at a time per thread.
+template <class T>
+class TermsRow {
+  public:
+    TermsRow(const Targets& targets, const Transform& transform, int64_t row)
+        : targets_(targets),
+          row_(row),
+          softcap_(transform.softcap),
+          unit_(transform.inverse_temperature(row)),
+          scale_(softcap_ != 0.f ? softcap_ * unit_ : unit_),
+          scratch_(target_scratch(targets.num)) {}
+
+    static Kept keep(const Problem& problem, const T* logits, T* grad, int64_t vocab) {
+        // a softcap's tanh is made again, and the exponential with it
+        if (problem.transform.softcap != 0.f) return kNothing;
+        const bool logits_again = problem.terms.entropy || problem.terms.label_smoothing != 0.f;
+        return kept_exponentials(logits, grad, vocab, logits_again);
+    }
+
+    void sweep(const Terms& terms, const T* logits, int64_t vocab, Kept kept) {
+        const RowFunctions<T>& f = functions<T>();
+        for (int64_t k = 0; k < targets_.num; ++k)
+            scratch_.logits[k] = target_logit(logits, targets_.at(row_, k), vocab);
+        const int64_t left_out = targets_.single() ? targets_.at(row_) : kNone;
+        const float c = kLog2e * scale_;
+        SumAndMoment seen = {};
+        if (terms.entropy || softcap_ != 0.f) {
+            seen = f.moments(logits, vocab, left_out, c, softcap_, kept);
+        } else {
+            seen.sum = f.exponentials(logits, vocab, left_out, c, kept);
+        }
+        sum_ = seen.sum.value;
+        maximum_ = sum_ == 0.f && targets_.single() ? scratch_.logits[0] : seen.sum.max;
+        moment_ = terms.entropy ? kLn2 * seen.moment : 0.f;
+        drift_ = terms.label_smoothing != 0.f ? f.drift(logits, vocab, maximum_, softcap_) * scale_ : 0.f;
+    }
+
+    void store(const StatsTable<float>& stats) const {
+        stats.maximum(row_) = maximum_;
+        stats.sum(row_) = sum_;
+        for (int64_t k = 0; k < targets_.num; ++k) stats.target(row_, k) = scratch_.logits[k];
+        stats.moment(row_) = moment_;
+        stats.drift(row_) = drift_;
+    }
+
+    void load(const StatsTable<const float>& stats) {
+        maximum_ = stats.maximum(row_);
+        sum_ = stats.sum(row_);
+        for (int64_t k = 0; k < targets_.num; ++k) scratch_.logits[k] = stats.target(row_, k);
+        moment_ = stats.moment(row_);
+        drift_ = stats.drift(row_);
+    }
+
+    TokenLoss loss(const Problem& problem, float denominator, const LogprobsTable& logprobs) const {
+        const Softmax softmax = this->softmax();
+        float x = 0.f;
+        for (int64_t k = 0; k < targets_.num; ++k) {
+            const float share = targets_.share(row_, k);
+            const bool counts = share != 0.f;
+            const bool ignored = !counts && targets_.at(row_, k) == targets_.ignore_index;
+            const float logp = ignored ? 0.f : target(softmax, k).logp;
+            logprobs.target(row_, k) = logp;
+            if (counts) x += share * logp;
+        }
+        const RowSeen seen = row_seen(softmax, x, whole(), level(maximum_) * scale_, drift_, problem.vocab);
+        logprobs.entropy(row_) = problem.terms.entropy ? seen.entropy : 0.f;
+        return terms_loss(problem, row_, seen, denominator);
+    }
+
+    // grad may be the logits.
+    void write_gradient(const Coefficients& by, const T* logits, int64_t vocab, Kept kept, T* grad) const {
+        const RowFunctions<T>& f = functions<T>();
+        const Softmax softmax = this->softmax();
+        const float top = softmax.lead > 0.f ? scratch_.logits[0] : maximum_, c = kLog2e * scale_;
+        const Dense dense = dense_gradient(by, whole(), softmax);
+        if (kept.exps && dense.slope == 0.f && dense.offset == 0.f) {
+            f.write_scaled(kept, vocab, top, c, dense.constant * unit_, grad);
+        } else {
+            f.write_combination(logits, kept, vocab, top, c, softcap_,
+                                {dense.constant * unit_, dense.slope * kLn2 * unit_, dense.offset * unit_}, grad);
+        }
+        write_targets(by, softmax, vocab, grad);
+    }
+
+  private:
+    float level(float logit) const { return functions<T>().level(logit, softcap_); }
+
+    float distance(int64_t k) const { return (level(scratch_.logits[k]) - level(maximum_)) * scale_; }
+
+    Softmax softmax() const {
+        return targets_.single() ? softmax_of(distance(0), sum_, moment_) : softmax_of_several(sum_, moment_);
+    }
+
+    TargetSeen target(const Softmax& softmax, int64_t k) const {
+        return targets_.single() ? target_seen(softmax) : target_seen_of_several(softmax, distance(k));
+    }
+
+    float whole() const {
+        float sum = 0.f;
+        for (int64_t k = 0; k < targets_.num; ++k) sum += targets_.share(row_, k);
+        return sum;
+    }
+
+    // The targets' elements, formed in float32. One of several that does not count keeps what all elements get; a
+    // single one was left out of the exponentials, and is written in any case.
+    void write_targets(const Coefficients& by, const Softmax& softmax, int64_t vocab, T* grad) const {
+        const auto token = [&](int64_t k) { return targets_.at(row_, k); };
+        std::vector<int64_t>& order = scratch_.order;  // equal ones side by side
+        order.clear();
+        for (int64_t k = 0; k < targets_.num; ++k)
+            if (targets_.single() || targets_.share(row_, k) != 0.f) order.push_back(k);
+        std::sort(order.begin(), order.end(),
+                  [&](int64_t a, int64_t b) { return token(a) != token(b) ? token(a) < token(b) : a < b; });
+        const float whole = this->whole(), mean = by.h == 0.f ? 0.f : softmax.mean();
+        for (size_t i = 0; i < order.size();) {
+            const int64_t k = order[i], j = token(k);
+            float share = 0.f;
+            for (; i < order.size() && token(order[i]) == j; ++i) share += targets_.share(row_, order[i]);
+            if (j < 0 || j >= vocab)
+                return fill(grad, vocab, NAN);  // whatever the coefficients, which need not be ours
+            const float own = target_gradient(by, share, whole, target(softmax, k), mean);
+            store_target(grad, j, vocab, own * unit_ * functions<T>().level_slope(scratch_.logits[k], softcap_));
+        }
+    }
+
+    static void fill(T* grad, int64_t vocab, float value) {
+        for (int64_t j = 0; j < vocab; ++j) functions<T>().store(grad + j, value);
+    }
+
+    const Targets& targets_;
+    int64_t row_;
+    float softcap_;
+    float unit_;   // 1 / temperature
+    float scale_;  // of a level, which makes z of it
+    float maximum_, sum_, moment_, drift_;
+    TargetScratch& scratch_;  // the logits of the targets
+};
+
+}  // namespace cpu
+}  // namespace fused_losses
