@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,11 +31,13 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has n
 
 
 def find_compiler() -> list[str] | None:
-    command = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    for candidate in (command, ["c++"], ["g++"], ["clang++"]):
-        if shutil.which(candidate[0]):
-            return candidate[:1]
-    return None
+    """CXX as it is, launcher and flags included ("ccache g++"); else what built Python, else a usual name."""
+    if words := shlex.split(os.environ.get("CXX", "")):
+        if not shutil.which(words[0]):
+            raise SystemExit(f"fused_losses: CXX={os.environ['CXX']!r}: there is no program {words[0]!r}")
+        return words
+    usual = [*(sysconfig.get_config_var("CXX") or "").split()[:1], "c++", "g++", "clang++"]
+    return next(([name] for name in usual if shutil.which(name)), None)
 
 
 def find_nvcc() -> Path | None:
@@ -54,12 +57,12 @@ def notice(message: str) -> None:
 
 
 class Build(build_ext):
-    """Compiles by itself: nvcc is no compiler that setuptools knows, and two objects at a time halve the wait."""
+    """Compiles by itself: nvcc is no compiler that setuptools knows, and objects beside each other shorten the wait."""
 
     def build_extension(self, extension: Extension) -> None:
         commands, link, output = extension.plan(Path(self.build_temp), Path(self.get_ext_fullpath(extension.name)))
         output.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
             for done in pool.map(start, commands):
                 check(done)
         check(start(link))

@@ -5,10 +5,9 @@ import os as _os
 from . import aggregation, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
-from .losses import cispo, cross_entropy, dro, importance_sampling, logprobs, ppo
+from .losses import cispo, cross_entropy, dro, gmpo, gspo, importance_sampling, logprobs, policy_loss, ppo, sapo
 from .objectives import Objective
 from .outputs import Outputs
-from .policy import gmpo, gspo, policy_loss, sapo
 from .sequences import segment_expand, segment_mean, segment_sum
 from .version import __version__
 

@@ -18,7 +18,7 @@ import torch
 import fused_losses
 
 from . import backends, reference
-from .backends.native import BROKEN
+from .backends.native import BROKEN, NOT_BUILT
 from .checks import LOGITS_DTYPES
 from .objectives import OBJECTIVES
 from .version import __version__
@@ -134,6 +134,8 @@ def report() -> dict[str, Any]:
         for d in result["devices"]
         for b in d["backends"].values()
     )
+    reasons = {name: b.get("reason", "") for d in result["devices"] for name, b in d["backends"].items()}
+    result["left_out"] = [name for name, reason in reasons.items() if NOT_BUILT in reason]
     return result
 
 
@@ -160,6 +162,8 @@ def show(result: dict[str, Any]) -> None:
             worst = ", ".join(f"{key} {value:.2f}" for key, value in test["error_over_allowed"].items())
             print(f"  {name:7} {'ok' if test['ok'] else 'WRONG':5} error over allowed: {worst}")
     print("\nok" if result["ok"] else "\nFAILED: a backend that should work does not")
+    if result["left_out"]:  # pip has hidden what setup.py said of it
+        print(f"left out at install: {', '.join(result['left_out'])}; `pip install -v` shows why")
 
 
 def main() -> int:

@@ -3,21 +3,108 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import NAMES
 from .backends.rows import overlap, rows
-from .objectives import OBJECTIVES
-
-Column = Tensor | float
+from .keywords import FINITE, LEAST, MASKS, MOST
+from .problem import Column
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN = {*_TENSORS, type(None)}
+_STRIDED = torch.strided
+_INT32, _INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
+_in_dynamo = torch.compiler.is_dynamo_compiling
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).smallest_normal  # below, GPUs may take a number for 0
+
+
+def plain(name: str, tensor: Tensor, logits: Tensor | None = None) -> Tensor:
+    """The tensor with its data where its pointer says, and its sign as its memory says.
+
+    The kernels read memory: what negates when it is read (``.conj().imag``), holds nothing (``_efficientzerotensor``)
+    or is laid out otherwise (sparse, mkldnn) is brought into plain form or refused by name. A subclass that wraps other
+    tensors is for the dispatcher: see :func:`watched`. Beside plain logits it is unwrapped where a copy of it is plain
+    (a collective that is waited for), else refused.
+
+    logits: for an argument beside them.
+    """
+    if _in_dynamo():  # all goes through the dispatcher; below asks what can't be traced
+        return tensor
+    if type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_neg() and not tensor._is_zerotensor():
+        return tensor
+    return _resolved(name, tensor, logits)
+
+
+def _resolved(name: str, tensor: Tensor, logits: Tensor | None) -> Tensor:
+    if torch._C._len_torch_dispatch_stack() > 0:  # somebody traces: FakeTensorMode, make_fx, export
+        return tensor
+    if tensor.layout is not _STRIDED:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+    if _wraps(tensor):
+        return _unwrapped(name, tensor, logits)
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    return tensor.resolve_neg()
+
+
+def _wraps(tensor: Tensor) -> bool:
+    """Whether the tensor is one of a class whose operators are written in Python, over other tensors."""
+    return type(tensor) not in _TENSORS and torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+def _unwrapped(name: str, tensor: Tensor, logits: Tensor | None) -> Tensor:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: pass the part that is here, {name}.to_local(), "
+            f"or the whole, {name}.full_tensor()"
+        )
+    if logits is None or type(tensor) is type(logits):
+        return tensor
+    copy = tensor.clone()
+    if _wraps(copy):
+        raise TypeError(f"{name} must be a {type(logits).__name__} as logits are, got {type(tensor).__name__}")
+    return copy
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors has to go through the dispatcher: somebody traces, or one of them is a subclass.
+
+    Past the dispatcher a tensor's pointer is read, so that of a subclass that has no data must not get there.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
+
+
+def no_transform(logits: Tensor) -> None:
+    """Raise inside vmap, jvp and their like, where autograd would ask for rules that the losses don't have."""
+    if _in_dynamo():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    # functionalize is part of tracing, where it is one with a dispatch mode; alone it would hand over wrappers
+    if transform is not None and (transform.key() != functionalize or torch._C._len_torch_dispatch_stack() == 0):
+        raise NotImplementedError(
+            f"the fused losses have no rule for torch.func.{transform.key().name.lower()}: call them outside of "
+            "torch.func transforms, with .backward() or torch.autograd.grad (fused_losses.reference can be transformed)"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise NotImplementedError(
+            "logits carry a forward-mode tangent, which the fused losses would drop: use reverse mode "
+            "(fused_losses.reference has forward mode)"
+        )
 
 
 def several_targets(logits: Tensor, target_tokens: Tensor) -> bool:
@@ -29,6 +116,10 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = Fa
     """Check both; the targets as (N,), or (N, K) for ``several``."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+    no_transform(logits)
+    plain("logits", logits)
+    if logits.is_nested:
+        raise TypeError("logits must be a dense tensor, got a nested one: pass its values, or pad it")
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"logits must be float32, bfloat16 or float16, got {logits.dtype} (fused_losses.reference takes any float)"
@@ -37,6 +128,7 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = Fa
         raise ValueError(f"logits must have shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if not isinstance(target_tokens, Tensor):
         raise TypeError(f"target_tokens must be a tensor, got {type(target_tokens).__name__}")
+    target_tokens = plain("target_tokens", target_tokens, logits)
     if target_tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_tokens must be int64 or int32, got {target_tokens.dtype}")
     shape = target_tokens.shape[:-1] if several else target_tokens.shape
@@ -57,7 +149,8 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0."""
     if not isinstance(value, Tensor):
         return number(name, value, " or a tensor")
-    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in _MASKS else _COLUMN_DTYPES
+    value = plain(name, value, logits)
+    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in MASKS else _COLUMN_DTYPES
     if value.dtype not in allowed:
         raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     _same_device(name, value, logits.device)
@@ -72,26 +165,6 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
                 f"{name} must broadcast to the tokens' shape {tuple(shape)}, got {tuple(value.shape)}"
             ) from None
     return value if value.dim() == 1 else value.reshape(-1)
-
-
-def objective_inputs(name: str, given: Mapping[str, Any], logits: Tensor) -> list[Column]:
-    """The inputs of objective ``name`` as columns, its bounds checked as far as the host knows them.
-
-    Limits that are None are infinite; those at the end are left out.
-    """
-    objective = OBJECTIVES[name]
-    limits = objective.limits
-    while limits and given[limits[-1]] is None:
-        limits = limits[:-1]
-    columns = [column(key, given[key], logits) for key in objective.inputs + objective.bounds]
-    columns += [math.inf if given[key] is None else column(key, given[key], logits) for key in limits]
-    bounds = columns[len(objective.inputs) :]
-    for key, value in zip(objective.bounds, bounds, strict=False):
-        if isinstance(value, float) and value < 0:
-            raise ValueError(f"{key} must be at least 0, got {value}")
-    if len(objective.bounds) == 2 and objective.bounds[0] == "clip_low_threshold":
-        clip(*bounds[:2])
-    return columns
 
 
 def clip(low: Column | None, high: Column | None) -> None:
@@ -110,6 +183,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):
         return number("denominator", value, " or a tensor")
+    value = plain("denominator", value, logits)
     if value.dim() != 0:
         raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     _same_device("denominator", value, logits.device)
@@ -126,16 +200,29 @@ def inplace(logits: Tensor, reduction: str, recompute: bool) -> None:
     if reduction == "none" or recompute:
         cause = 'reduction="none"' if reduction == "none" else "recompute=True"
         raise ValueError(f"inplace=True makes the gradient in forward, {cause} makes it in backward: choose one")
-    base = None if torch.compiler.is_compiling() else logits._base
-    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        raise ValueError(
-            "inplace=True would overwrite logits, a leaf that requires grad: pass the output of an operation"
-        )
+    if logits.is_leaf:
+        raise ValueError(_OVERWRITES_LEAF)
+    base = logits._base
+    if base is not None and base.requires_grad:
+        _refuse_leaf_base(logits)
     if rows(logits) is None or overlap(logits):
         raise ValueError(
             "inplace=True needs logits with a contiguous last dimension, at most two strides before it and no element "
             f"twice in memory; got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
+
+
+_OVERWRITES_LEAF = "inplace=True would overwrite logits, a leaf that requires grad: pass the output of an operation"
+
+
+# Dynamo asks is_leaf of a base by an operation in the graph, which fails where the graph is replayed on logits that are
+# an input and so have no base. A call that it does not look into runs once on tensors that have one.
+@torch.compiler.allow_in_graph
+def _refuse_leaf_base(logits: Tensor) -> Tensor:
+    base = logits._base
+    if base is not None and base.is_leaf:
+        raise ValueError(_OVERWRITES_LEAF)
+    return logits.new_empty(0)  # what is called in a graph returns a tensor
 
 
 def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> None:
@@ -157,61 +244,84 @@ def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> No
 
 def values_in_range(columns: Mapping[str, Column | None]) -> None:
     """The bounds that only the device knows, by name, for ``validate=True``. Synchronises."""
-    for key, given in columns.items():
-        if given is None or key not in _LEAST:
+    for key, value in columns.items():
+        if key not in LEAST or not isinstance(value, Tensor):  # a number has been looked at
             continue
-        least, reached = _LEAST[key]
-        value = torch.as_tensor(given)
-        if not (value >= least if reached else value > least).all():
+        least, reached = LEAST[key]
+        good = value >= least if reached else value > least
+        if key in FINITE:
+            good = good & (value != math.inf)
+        if not good.all():
             raise ValueError(f"{key} must be {_at_least(key)} at every token")
     low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
-    if low is not None and high is not None and not (torch.as_tensor(low) <= torch.as_tensor(high)).all():
-        raise ValueError("clip_low_threshold must not exceed clip_high_threshold at any token")
-
-
-# name: (bound, whether the bound itself is allowed)
-_LEAST = {
-    "temperature": (0.0, False),
-    "denominator": (0.0, False),
-    "softcap": (0.0, False),
-    "logit_scale": (0.0, False),
-    "tau_positive": (0.0, False),
-    "tau_negative": (0.0, False),
-    "clip_low_threshold": (0.0, True),
-    "clip_high_threshold": (0.0, True),
-    "beta": (0.0, True),
-    "log_ratio_clamp": (0.0, True),
-    "dual_clip": (1.0, True),
-    "delta": (0.0, True),
-    "label_smoothing": (0.0, True),
-    "z_loss": (0.0, True),
-}
-_FINITE = ("temperature", "denominator", "softcap", "logit_scale", "z_loss")
-_MASKS = ("weights", "importance_weights")
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        in_order = True if low is None or high is None else low <= high
+        if isinstance(in_order, Tensor) and not in_order.all():
+            raise ValueError("clip_low_threshold must not exceed clip_high_threshold at any token")
 
 
 def _at_least(name: str) -> str:
-    least, reached = _LEAST[name]
-    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in _FINITE else ''}"
+    least, reached = LEAST[name]
+    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in FINITE else ''}"
 
 
 def number(name: str, value: float, or_tensor: str = "") -> float:
-    """A number as a float, within the bounds that its name has. or_tensor: " or a tensor" where one is taken, too."""
+    """A number as a float, within float32's range and the bounds that its name has. NumPy's scalars are numbers.
+
+    or_tensor: " or a tensor" where one is taken, too.
+    """
+    number = value if type(value) is float else _as_float(name, value, or_tensor)
+    if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
+        raise ValueError(f"{name} must not be NaN")
+    if name in LEAST:
+        least, reached = LEAST[name]
+        if number < least or (number == least and not reached) or (name in FINITE and number == math.inf):
+            raise ValueError(f"{name} must be {_at_least(name)}, got {number}")
+    if name in MOST and number > MOST[name]:
+        raise ValueError(f"{name} must be at most {MOST[name]:g}, got {number}")
+    size = -number if number < 0 else number
+    if size > _LARGEST and size != math.inf:
+        raise ValueError(f"{name} must be within float32's range, got {number}, which float32 has as infinity")
+    if size < _SMALLEST and size != 0:
+        raise ValueError(f"{name} must be 0 or at least float32's {_SMALLEST:.3g}, got {number}, which may become 0")
+    return number
+
+
+def _as_float(name: str, value: Any, or_tensor: str) -> float:
     if isinstance(value, Tensor):  # float() of it would wait for the device
         raise TypeError(f"{name} must be a number, got a tensor")
     try:
-        number = float(value)
+        if not isinstance(value, int | float) and hasattr(
+            value, "__len__"
+        ):  # a string or an array, which float() takes
+            raise TypeError
+        return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number{or_tensor}, got {type(value).__name__}") from None
-    if number != number:  # not math.isnan: torch.compile traces this with a symbolic number
-        raise ValueError(f"{name} must not be NaN")
-    if name in _LEAST:
-        least, reached = _LEAST[name]
-        if number < least or (number == least and not reached) or (name in _FINITE and number == math.inf):
-            raise ValueError(f"{name} must be {_at_least(name)}, got {number}")
-        if name == "label_smoothing" and number > 1:
-            raise ValueError(f"label_smoothing must be at most 1, got {number}")
+        hint = "; torch.from_numpy makes a tensor of it" if or_tensor and type(value).__name__ == "ndarray" else ""
+        raise TypeError(f"{name} must be a number{or_tensor}, got {type(value).__name__}{hint}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be within float32's range, got an integer beyond it") from None
+
+
+def index(name: str, value: int, dtype: torch.dtype = torch.int64) -> int:
+    """An integer as an int within the range of ``dtype``, that of the targets it is compared with."""
+    if isinstance(value, Tensor):  # index() of it would wait for the device
+        raise TypeError(f"{name} must be an integer, got a tensor")
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = value if type(value) is int else operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    limits = _INT32 if dtype is torch.int32 else _INT64
+    if not limits.min <= number <= limits.max:
+        raise ValueError(f"{name} must be within the range of target_tokens' {dtype}, got {_digits(number)}")
     return number
+
+
+def _digits(number: int) -> str:
+    """Python refuses to print more than a few thousand."""
+    return str(number) if number.bit_length() < 1000 else f"an integer of {number.bit_length()} bits"
 
 
 def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -12,8 +12,7 @@ Formulas work in any float dtype. They mask inputs before ``exp``, not results a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +139,8 @@ def _valid_clip(low: Tensor, high: Tensor) -> Tensor:
 def _checked(loss: Tensor, g: Tensor, logp: Tensor, valid: Tensor | None = None) -> Loss:
     """NaN, in value and by autograd, for a NaN row whatever its loss, and where a per-token bound makes no sense."""
     ok = ~torch.isnan(logp) if valid is None else ~torch.isnan(logp) & valid
-    poison = torch.where(ok, 0.0, logp) * torch.where(ok, 1.0, torch.nan)
+    # to: of two numbers, where() makes the default dtype
+    poison = torch.where(ok, 0.0, logp) * torch.where(ok, 1.0, torch.nan).to(logp.dtype)
     return loss + poison, g.detach().masked_fill(~ok, torch.nan)
 
 
@@ -159,10 +159,6 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", self.inputs + self.bounds + self.limits)
-
-    def padded(self, inputs: Sequence[Tensor | float]) -> list[Tensor | float]:
-        """``inputs`` with the limits that were left out at the end."""
-        return [*inputs, *[math.inf] * (len(self.columns) - len(inputs))]
 
 
 _POLICY = ("old_logprobs", "advantages")

@@ -1,254 +1,296 @@
-"""The stages as ``torch.library`` operators, so that torch.compile and CUDA graphs see opaque, well-described nodes.
+"""A side room, entered only where somebody watches or traces operators: the stages as ``torch.library`` operators, so
+that torch.compile and CUDA graphs see opaque, well-described nodes.
 
-Columns are weights, temperature, denominator, the objective's inputs, then those of the terms, which have flags, too.
-They cross the dispatcher as two lists: a tensor or None, and the number that stands in for None. The backend is
-resolved inside the operator.
+The dispatcher takes tensors, numbers and strings: here, and nowhere else, a problem is taken apart and put together
+again. The backend is resolved inside the operator. The way through the dispatcher and back costs 10 us a call, a third
+of all that a loss adds to its kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .backends import resolve
-from .backends.rows import rows
+from .logits import Logits
 from .objectives import OBJECTIVES
-from .terms import unpack
+from .problem import (
+    BackendName,
+    Coefficients,
+    Column,
+    KlType,
+    Problem,
+    Stats,
+    Targets,
+    Terms,
+    Transform,
+    coefficients_shape,
+    logprobs_shape,
+    stats_shape,
+)
+from .stages import Seen
 
-Column = Tensor | float
+_KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
-_library = torch.library.Library("fused_losses", "DEF")
-_ROW_ARGUMENTS = (
-    "Tensor target_tokens, str objective, Tensor?[] columns, float[] values, int[] flags, bool mean, int ignore_index, "
-    "bool all_logprobs, bool validate, str backend"
+
+def watched(logits: Tensor, problem: Problem) -> bool:
+    """Whether a call has to come through here."""
+    targets, terms = problem.targets, problem.terms
+    columns = (problem.weights, problem.denominator, *problem.inputs, problem.transform.temperature, *terms[:5])
+    return checks.watched(logits, targets.tokens, targets.shares, *(c for c in columns if isinstance(c, Tensor)))
+
+
+# ---- The codec: a problem as what the dispatcher takes ----
+
+_PROBLEM = (
+    "Tensor target_tokens, Tensor? shares, Tensor?[] columns, float[] values, float[] numbers, SymInt[] flags, "
+    "str objective, str backend, bool validate"
 )
 
 
-def _loss_and_grad_into(
-    gradient: Tensor,
-    logits: Tensor,
-    target_tokens: Tensor,
-    objective: str,
-    columns: tuple[Column, ...],
-    flags: list[int],
-    mean: bool,
-    ignore_index: int,
-    all_logprobs: bool,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    (weights, temperature, denominator, *inputs), terms = unpack(columns, flags)
-    module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
-    return module.loss_and_grad(
-        logits,
-        target_tokens,
-        objective,
-        tuple(inputs),
-        weights,
-        temperature,
-        denominator,
-        mean,
-        ignore_index,
-        all_logprobs,
-        terms,
-        gradient,
+class Encoded(NamedTuple):
+    """The arguments that _PROBLEM names."""
+
+    target_tokens: Tensor
+    shares: Tensor | None
+    columns: list[Tensor | None]  # temperature, weights, denominator, the terms' columns, the objective's
+    values: list[float]  # what stands in where a column is None
+    numbers: list[float]  # softcap or 0, label_smoothing, z_loss
+    flags: list[int]  # ignore_index, vocab, all_logprobs, kl_type, kl_weighted_by_ratio, entropy
+    objective: str
+    backend: str
+    validate: bool
+
+
+def encode(problem: Problem, backend: str, validate: bool) -> Encoded:
+    targets, transform, weights, objective, inputs, terms, denominator, vocab, all_logprobs = problem
+    columns = (transform.temperature, weights, denominator, *terms[:5], *inputs)
+    return Encoded(
+        targets.tokens,
+        targets.shares,
+        [c if isinstance(c, Tensor) else None for c in columns],
+        [0.0 if isinstance(c, Tensor) else c for c in columns],
+        [transform.softcap or 0.0, terms.label_smoothing, terms.z_loss],
+        [
+            targets.ignore_index,
+            vocab,
+            int(all_logprobs),
+            _KL_TYPES.index(terms.kl_type),
+            int(terms.kl_weighted_by_ratio),
+            int(terms.entropy),
+        ],
+        objective.name,
+        backend,
+        validate,
     )
 
 
-def _loss_and_grad(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return *_loss_and_grad_into(gradient, _walkable(logits), *args), gradient
-
-
-def _loss_and_grad_inplace(logits: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return _loss_and_grad_into(logits, logits, *args)
-
-
-def _forward(
-    logits: Tensor,
-    target_tokens: Tensor,
-    objective: str,
-    columns: tuple[Column, ...],
-    flags: list[int],
-    mean: bool,
-    ignore_index: int,
-    all_logprobs: bool,
-    validate: bool,
-    backend: str,
-    reduce: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (weights, temperature, denominator, *inputs), terms = unpack(columns, flags)
-    module = _ready(logits, target_tokens, ignore_index, objective, inputs, temperature, validate, backend)
-    stats = module.stats(_walkable(logits), target_tokens, weights, temperature, ignore_index, all_logprobs, terms)
-    loss, logprobs, coefficients = module.objective(
-        stats,
-        target_tokens,
-        objective,
-        tuple(inputs),
+def decode(encoded: Encoded) -> Problem:
+    columns: list[Column] = [
+        value if tensor is None else tensor for tensor, value in zip(encoded.columns, encoded.values, strict=True)
+    ]
+    temperature, weights, denominator, *of_terms = columns[:8]
+    softcap, label_smoothing, z_loss = encoded.numbers
+    ignore_index, vocab, all_logprobs, kl_type, weighted, entropy = encoded.flags
+    return Problem(
+        Targets(encoded.target_tokens, ignore_index, encoded.shares),
+        Transform(temperature, softcap or None),
         weights,
-        temperature,
+        OBJECTIVES[encoded.objective],
+        tuple(columns[8:]),
+        Terms(*of_terms, label_smoothing, z_loss, _KL_TYPES[kl_type], bool(weighted), bool(entropy)),
         denominator,
-        mean,
-        ignore_index,
-        reduce,
-        terms,
+        vocab,
+        bool(all_logprobs),
     )
-    return loss, logprobs, coefficients, stats
+
+
+# ---- The operators ----
+
+_library = torch.library.Library("fused_losses", "DEF")
+_operators = torch.ops.fused_losses
+
+
+def _opened(arguments: Sequence[Any]) -> tuple[Problem, BackendName, bool]:
+    encoded = Encoded(*arguments)
+    return decode(encoded), encoded.backend, encoded.validate  # type: ignore[return-value]
+
+
+def _normaliser(*arguments: Any) -> Tensor:
+    problem, backend, _ = _opened(arguments)
+    return Logits(backend).normaliser(problem)
+
+
+def _loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem, backend, validate = _opened(arguments)
+    loss, logprobs, (gradient,) = Logits(backend, False, validate).loss_and_grad((logits,), problem)
+    return loss, logprobs, gradient
+
+
+def _loss_and_grad_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, backend, validate = _opened(arguments)
+    loss, logprobs, _ = Logits(backend, True, validate).loss_and_grad((logits,), problem)
+    return loss, logprobs
+
+
+def _forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, reduce = arguments
+    problem, backend, validate = _opened(rest)
+    seen = Logits(backend, False, validate).forward((logits,), problem, reduce)
+    return seen.loss, seen.logprobs, seen.coefficients.table, seen.stats.table
 
 
 def _grad(
     logits: Tensor,
     target_tokens: Tensor,
+    shares: Tensor | None,
+    temperature: Tensor | None,
+    numbers: Sequence[float],  # temperature where there is no tensor, softcap or 0
     stats: Tensor,
     coefficients: Tensor,
     upstream: Tensor,
-    columns: tuple[Column],
-    shares: Tensor | None,
-    softcap: float,
-    backend: str,
+    backend: BackendName,
 ) -> Tensor:
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    resolve(backend, logits.device).grad(
-        _walkable(logits),
-        target_tokens,
-        stats,
-        coefficients,
+    number, softcap = numbers
+    (gradient,) = Logits(backend).grad(
+        (logits,),
+        Targets(target_tokens, 0, shares),
+        Transform(number if temperature is None else temperature, softcap or None),
+        Stats(stats),
+        Coefficients(coefficients),
         upstream,
-        columns[0],
-        shares,
-        softcap,
-        gradient,
     )
     return gradient
 
 
-def _scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
-    resolve(backend, gradient.device).scale(gradient, upstream)
+def _scale(gradient: Tensor, upstream: Tensor, backend: BackendName) -> None:
+    Logits(backend).scale((gradient,), upstream)
 
 
-def _fake_loss_and_grad(logits: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    return *_fake_loss_and_grad_inplace(logits, *args), logits.new_empty(logits.shape)
+def _fake_normaliser(target_tokens: Tensor, *arguments: Any) -> Tensor:
+    return target_tokens.new_empty((), dtype=torch.float32)
 
 
-def _fake_loss_and_grad_inplace(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((), dtype=torch.float32), _fake_logprobs(logits, target_tokens, args[3])
+def _fake_loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_loss_and_grad_inplace(logits, *arguments), logits.new_empty(logits.shape)
 
 
-def _fake_logprobs(logits: Tensor, target_tokens: Tensor, flags: list[int]) -> Tensor:
-    n = target_tokens.shape[0]
-    shape = (target_tokens.shape[1] + 1 if target_tokens.dim() == 2 else 2, n) if flags else (n,)
-    return logits.new_empty(shape, dtype=torch.float32)
+def _fake_loss_and_grad_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, _, _ = _opened(arguments)
+    logprobs = logprobs_shape(problem.n, problem.targets.num, problem.plain)
+    return logits.new_empty((), dtype=torch.float32), logits.new_empty(logprobs, dtype=torch.float32)
 
 
-def _fake_forward(logits: Tensor, target_tokens: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    flags, reduce = args[3], args[-1]
-    n = target_tokens.shape[0]
-    logprobs = _fake_logprobs(logits, target_tokens, flags)
-    return (
-        logits.new_empty(() if reduce else (n,), dtype=torch.float32),
-        logprobs,
-        logits.new_empty((4, n) if flags else (n,), dtype=torch.float32),
-        logits.new_empty((logprobs.shape[0] + 3 if flags else 3, n), dtype=torch.float32),
+def _fake_forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, reduce = arguments
+    problem, _, _ = _opened(rest)
+    n, num, plain = problem.n, problem.targets.num, problem.plain
+    shapes = (() if reduce else (n,), logprobs_shape(n, num, plain), coefficients_shape(n, plain))
+    loss, logprobs, coefficients, stats = (
+        logits.new_empty(shape, dtype=torch.float32) for shape in (*shapes, stats_shape(n, num, plain))
     )
+    return loss, logprobs, coefficients, stats
 
 
-def _define(
-    schema: str, function: Callable[..., Any], fake: Callable[..., Any], columns_at: int | None = None
-) -> Callable[..., Any]:
-    """Register an operator; what is returned calls it where somebody watches or traces operators, else its function.
-
-    The way through the dispatcher and back costs 10 us a call, a third of all that a loss adds to its kernels.
-    columns_at: the argument of the function, the first not counted, that is a tuple of columns.
-    """
-    name = schema.partition("(")[0]
-
-    def merged(tensor: Tensor, *args: Any) -> Any:
-        if columns_at is None:
-            return function(tensor, *args)
-        tensors, values = args[columns_at : columns_at + 2]
-        columns = tuple(v if t is None else t for t, v in zip(tensors, values, strict=True))
-        return function(tensor, *args[:columns_at], columns, *args[columns_at + 2 :])
-
-    _library.define(schema)
-    _library.impl(name, merged, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.fused_losses, name).default
-
-    def call(tensor: Tensor, *args: Any) -> Any:
-        plain = type(tensor) in (Tensor, torch.nn.Parameter)
-        if torch.compiler.is_compiling() or not plain or torch._C._len_torch_dispatch_stack() > 0:
-            if columns_at is not None:
-                args = (*args[:columns_at], *split(args[columns_at]), *args[columns_at + 1 :])
-            return operator(tensor, *args)
-        return function(tensor, *args)
-
-    return call
+def _fake_grad(logits: Tensor, *arguments: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
-loss_and_grad = _define(
-    f"loss_and_grad(Tensor logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
-    _loss_and_grad,
-    _fake_loss_and_grad,
-    columns_at=2,
-)
-loss_and_grad_inplace = _define(
-    f"loss_and_grad_inplace(Tensor(a!) logits, {_ROW_ARGUMENTS}) -> (Tensor loss, Tensor logprobs)",
-    _loss_and_grad_inplace,
-    _fake_loss_and_grad_inplace,
-    columns_at=2,
-)
-forward = _define(
-    f"forward(Tensor logits, {_ROW_ARGUMENTS}, bool reduce) "
-    "-> (Tensor loss, Tensor logprobs, Tensor coefficients, Tensor stats)",
-    _forward,
-    _fake_forward,
-    columns_at=2,
-)
-grad = _define(
-    "grad(Tensor logits, Tensor target_tokens, Tensor stats, Tensor coefficients, Tensor upstream, "
-    "Tensor?[] columns, float[] values, Tensor? shares, float softcap, str backend) -> Tensor",
-    _grad,
-    lambda logits, *args: logits.new_empty(logits.shape),
-    columns_at=4,
-)
-scale = _define(
-    "scale(Tensor(a!) gradient, Tensor upstream, str backend) -> ()",
-    _scale,
-    lambda gradient, upstream, backend: None,
-)
+def _fake_scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
+    return None
 
 
-def split(columns: tuple[Column | None, ...]) -> tuple[list[Tensor | None], list[float]]:
-    """Columns as the two lists that cross the dispatcher."""
-    tensors = [None if isinstance(c, float) else c for c in columns]
-    return tensors, [c if isinstance(c, float) else 0.0 for c in columns]
+for _schema, _function, _fake in (
+    (f"normaliser({_PROBLEM}) -> Tensor", _normaliser, _fake_normaliser),
+    (
+        f"loss_and_grad(Tensor logits, {_PROBLEM}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
+        _loss_and_grad,
+        _fake_loss_and_grad,
+    ),
+    (
+        f"loss_and_grad_inplace(Tensor(a!) logits, {_PROBLEM}) -> (Tensor loss, Tensor logprobs)",
+        _loss_and_grad_inplace,
+        _fake_loss_and_grad_inplace,
+    ),
+    (
+        f"forward(Tensor logits, {_PROBLEM}, bool reduce) "
+        "-> (Tensor loss, Tensor logprobs, Tensor coefficients, Tensor stats)",
+        _forward,
+        _fake_forward,
+    ),
+    (
+        "grad(Tensor logits, Tensor target_tokens, Tensor? shares, Tensor? temperature, float[] numbers, Tensor stats, "
+        "Tensor coefficients, Tensor upstream, str backend) -> Tensor",
+        _grad,
+        _fake_grad,
+    ),
+    ("scale(Tensor(a!) gradient, Tensor upstream, str backend) -> ()", _scale, _fake_scale),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_losses::{_name}", _fake, lib=_library)
 
 
-def _ready(
-    logits: Tensor,
-    target_tokens: Tensor,
-    ignore_index: int,
-    objective: str,
-    inputs: Sequence[Column],
-    temperature: Column,
-    validate: bool,
-    backend: str,
-) -> ModuleType:
-    """The backend to run on, once the values it must not meet have been looked for, where that is free or asked for."""
-    module = resolve(backend, logits.device)
-    if validate or logits.is_cpu:
-        checks.targets_in_range(target_tokens, logits.shape[-1], ignore_index)
-    if validate:
-        names = OBJECTIVES[objective].columns
-        checks.values_in_range({"temperature": temperature, **dict(zip(names, inputs, strict=False))})
-    return module
+# ---- The source that calls them ----
 
 
-def _walkable(logits: Tensor) -> Tensor:
-    """The logits, copied if a kernel could not walk their rows (strided vocabulary, three or more strides)."""
-    return logits if rows(logits) is not None else logits.contiguous()
+class Watched(NamedTuple):
+    """A :class:`stages.Source` of logits, as :class:`Logits` is, by way of the operators."""
+
+    backend: BackendName
+    inplace: bool = False
+    validate: bool = False
+
+    def normaliser(self, problem: Problem) -> Tensor:
+        return _operators.normaliser(*encode(problem, self.backend, self.validate))
+
+    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        (logits,) = inputs
+        arguments = encode(problem, self.backend, self.validate)
+        if self.inplace:
+            gradient = logits.detach()
+            loss, logprobs = _operators.loss_and_grad_inplace(gradient, *arguments)
+            torch.autograd.graph.increment_version(gradient)
+        else:
+            loss, logprobs, gradient = _operators.loss_and_grad(logits, *arguments)
+        return loss, logprobs, (gradient,)
+
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen:
+        (logits,) = inputs
+        loss, logprobs, coefficients, stats = _operators.forward(
+            logits, *encode(problem, self.backend, self.validate), reduce
+        )
+        return Seen(loss, logprobs, Coefficients(coefficients), Stats(stats))
+
+    def grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Tensor,
+    ) -> tuple[Tensor, ...]:
+        (logits,) = inputs
+        temperature = transform.temperature
+        given = isinstance(temperature, Tensor)
+        gradient = _operators.grad(
+            logits,
+            targets.tokens,
+            targets.shares,
+            temperature if given else None,
+            [1.0 if given else temperature, transform.softcap or 0.0],
+            stats.table,
+            coefficients.table,
+            upstream,
+            self.backend,
+        )
+        return (gradient,)
+
+    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+        (gradient,) = gradients
+        _operators.scale(gradient, upstream, self.backend)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .objectives import constant
-
-Column = Tensor | float
+from .problem import Column, Reduction
 
 
 class Call(NamedTuple):
     """The arguments of a call that its metrics are made of."""
 
     target_tokens: Tensor
-    ignore_index: int
-    weights: Column | None = None
-    old_logprobs: Column | None = None
-    advantages: Column | None = None
-    clip_low_threshold: Column | None = None
-    clip_high_threshold: Column | None = None
+    reduction: Reduction
+    columns: Mapping[str, Column | None]  # the objective's, by name
     log_ratio: Tensor | None = None  # where it is not that of the token: of its sequence
-
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> Call:
-        return Call(*(given.get(name) for name in Call._fields))  # type: ignore[arg-type]
 
 
 class Outputs(NamedTuple):
@@ -56,8 +47,8 @@ class Outputs(NamedTuple):
 
     def _metrics(self) -> dict[str, Tensor]:
         assert self.call is not None
-        target_tokens, ignore_index, weights, old_logprobs, advantages, low, high, of_sequence = self.call
-        active = target_tokens != ignore_index
+        weights, columns, of_sequence = self.call.reduction.weights, self.call.columns, self.call.log_ratio
+        active = self.call.target_tokens != self.call.reduction.ignore_index
         if weights is not None:
             active = active & (weights != 0)
         tokens = active.sum().float()
@@ -68,6 +59,8 @@ class Outputs(NamedTuple):
         metrics = {"tokens": tokens, "logprob_mean": mean(self.logprobs)}
         if self.entropy is not None:
             metrics["entropy_mean"] = mean(self.entropy)
+        old_logprobs, advantages = columns.get("old_logprobs"), columns.get("advantages")
+        low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
         if old_logprobs is None:
             return metrics
         log_ratio = (self.logprobs - constant(old_logprobs, self.logprobs)).where(active, 0.0)
@@ -96,7 +89,7 @@ class Outputs(NamedTuple):
     @staticmethod
     def _extreme(values: Tensor, active: Tensor, neutral: float) -> Tensor:
         if values.numel() == 0:
-            return torch.zeros((), device=values.device)
+            return torch.zeros((), dtype=values.dtype, device=values.device)
         chosen = values.masked_fill(~active, neutral)
         extreme = chosen.amin() if neutral > 0 else chosen.amax()
         return extreme.where(active.any(), 0.0)

@@ -7,33 +7,22 @@ change nothing here; they are accepted so that one name can stand for the other.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import losses, policy
+from . import composition, keywords
+from .composition import PerToken
 from .objectives import OBJECTIVES, Objective
 from .outputs import Call, Outputs
-from .policy import reduced
-from .terms import KL_TYPES, NO_KL, Seen, Terms, row_loss
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from .problem import Column, PolicyTerms, Reduction, Sequences, Terms, Transform
+from .terms import Seen, asked, row_loss
 
 
-def token_stats(
-    logits: Tensor,
-    target_tokens: Tensor,
-    temperature: Tensor | float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-) -> Seen:
+def token_stats(logits: Tensor, target_tokens: Tensor, transform: Transform, ignore_index: int) -> Seen:
     """What a token sees of its row: see terms.py. With (..., K) targets logp is (..., K), else everything is (...).
 
     An ignored token has logp, entropy, lse and spread 0; NaN where a target is outside [0, V).
@@ -46,9 +35,10 @@ def token_stats(
     outside = ((targets < 0) | (targets >= logits.shape[-1])) & ~ignored
     nothing = ignored.all(-1)
     # An ignored row may hold NaN, and NaN * 0 in the backward of log_softmax is NaN: it must not get that far.
-    z = logits.masked_fill(nothing.unsqueeze(-1), 0.0) * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = logits.masked_fill(nothing.unsqueeze(-1), 0.0) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    temperature = transform.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
     z = z / temperature
@@ -61,134 +51,172 @@ def token_stats(
     return Seen(logp if several else logp.squeeze(-1), lse, entropy, spread, 1.0)
 
 
-def _transforms(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in ("temperature", "softcap", "logit_scale", "ignore_index")}
+class _Asked(NamedTuple):
+    """The arguments of a call, those that say how to compute left out."""
+
+    logits: Tensor
+    target_tokens: Tensor
+    columns: dict[str, Any]  # the objective's
+    sequences: Sequences
+    terms: PolicyTerms
+    smoothing: Terms  # cross entropy's
+    transform: Transform
+    reduction: Reduction
+    return_outputs: bool
+    ratio_level: str
+    objective: Any  # of policy_loss
+    inputs: tuple[Any, ...]
+    return_entropy: bool  # of logprobs
 
 
-def _losses(objective: Objective, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _asked(loss: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Asked:
+    bound = keywords.signature(loss).bind(*args, **kwargs)
+    bound.apply_defaults()
+    said = bound.arguments
+
+    def record(kind: Any) -> Any:
+        return kind(**{name: said[name] for name in kind._fields if name in said})
+
+    return _Asked(
+        said["logits"],
+        said["target_tokens"],
+        {name: value for name, value in said.items() if keywords.KEYWORDS[name].group == "inputs"},
+        record(Sequences),
+        record(PolicyTerms),
+        Terms(label_smoothing=said.get("label_smoothing", 0.0), z_loss=said.get("z_loss", 0.0)),
+        record(Transform),
+        record(Reduction),
+        said.get("return_outputs", False),
+        said.get("ratio_level", "token"),
+        said.get("objective"),
+        said.get("inputs", ()),
+        said.get("return_entropy", False),
+    )
+
+
+def _token_losses(objective: Objective, given: _Asked) -> tuple[Tensor, Tensor]:
     """(weight * loss per token, the items' weights)"""
-    logits, target_tokens, ignore_index = given["logits"], given["target_tokens"], given["ignore_index"]
+    logits, target_tokens, reduction, transform = given.logits, given.target_tokens, given.reduction, given.transform
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
-    def constant(value: Tensor | float | None, default: float = 0.0) -> Tensor:
+    def constant(value: Column | None, default: float = 0.0) -> Tensor:
         value = default if value is None else value
         return torch.as_tensor(value, dtype=dtype, device=logits.device).detach().expand(target_tokens.shape)
 
-    weight = constant(given["weights"], 1.0)
-    active = (target_tokens != ignore_index) & (weight != 0)
+    weight = constant(reduction.weights, 1.0)
+    active = (target_tokens != reduction.ignore_index) & (weight != 0)
     # Whatever an inactive token holds is replaced before the formula sees it: masked after it, 0 * NaN would be left in
     # the gradient.
-    transforms = _transforms(given)
-    if isinstance(transforms["temperature"], Tensor) and target_tokens.dim() < logits.dim():
-        transforms["temperature"] = constant(transforms["temperature"]).masked_fill(~active, 1.0)
+    if isinstance(transform.temperature, Tensor) and target_tokens.dim() < logits.dim():
+        transform = transform._replace(temperature=constant(transform.temperature).masked_fill(~active, 1.0))
     weight = weight.masked_fill(~active, 0.0)
-    seen = token_stats(logits, target_tokens.masked_fill(~active, ignore_index), **transforms)
+    shown = target_tokens.masked_fill(~active, reduction.ignore_index)
+    seen = token_stats(logits, shown, transform, reduction.ignore_index)
     if target_tokens.dim() == logits.dim():
-        shares, some = weight, active.any(-1)
-        logp = (shares * seen.logp).where(active, 0.0).sum(-1)
-        seen = seen._replace(logp=logp, total=shares.sum(-1))
-        terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
-        return row_loss(objective.formula, seen, (), terms).value.where(some, 0.0), weight
+        some = active.any(-1)
+        logp = (weight * seen.logp).where(active, 0.0).sum(-1)
+        seen = seen._replace(logp=logp, whole=weight.sum(-1))
+        return row_loss(objective.formula, seen, (), given.smoothing).value.where(some, 0.0), weight
 
-    def column(value: Tensor | float | None, default: float = 0.0) -> Tensor:
+    def column(value: Column | None, default: float = 0.0) -> Tensor:
         return constant(value, default).masked_fill(~active, 0.0)
 
-    def limit(name: str) -> Tensor:
-        return constant(given[name], math.inf).masked_fill(~active, math.inf)
+    def limit(value: Column | None) -> Tensor:
+        return constant(value, math.inf).masked_fill(~active, math.inf)
 
-    inputs = [column(given[name]) for name in objective.inputs + objective.bounds]
-    inputs += [limit(name) for name in objective.limits]
-    if objective.name == "cross_entropy":
-        terms = Terms(label_smoothing=given["label_smoothing"], z_loss=given["z_loss"])
-    else:
-        penalised, entropy = losses.asked_terms(given)
+    columns = {"log_ratio_clamp": given.terms.log_ratio_clamp, **given.columns}
+    inputs = [column(columns[name]) for name in objective.inputs + objective.bounds]
+    inputs += [limit(columns[name]) for name in objective.limits]
+    terms = given.smoothing
+    if objective.inputs:
+        wanted = asked(given.terms)
         terms = Terms(
-            column(given["importance_weights"], 1.0),
-            column(given["ref_logprobs"]),
-            column(given["kl_coef"]),
-            column(given["entropy_coef"]),
-            limit("log_ratio_clamp"),
-            kl_type=KL_TYPES.index(given["kl_type"]) if penalised else NO_KL,
-            kl_weighted_by_ratio=given["kl_weighted_by_ratio"],
-            entropy=entropy,
+            importance_weights=column(given.terms.importance_weights, 1.0),
+            ref_logprobs=column(given.terms.ref_logprobs),
+            kl_coef=column(given.terms.kl_coef),
+            entropy_coef=column(given.terms.entropy_coef),
+            log_ratio_clamp=limit(given.terms.log_ratio_clamp),
+            kl_type=given.terms.kl_type if wanted.kl else None,
+            kl_weighted_by_ratio=given.terms.kl_weighted_by_ratio,
+            entropy=wanted.entropy,
         )
     value = row_loss(objective.formula, seen, inputs, terms).value
     return torch.where(active, weight * value, 0.0), weight
 
 
-def _reduced(objective: Objective, given: dict[str, Any]) -> Any:
-    """What the public function returns."""
-    per_token, weights = _losses(objective, given)
-    loss = reduced(per_token, weights, given["reduction"], given["denominator"])
-    if not given["return_outputs"]:
+def _of_objective(objective: Objective, given: _Asked) -> Any:
+    losses, weights = _token_losses(objective, given)
+    loss = composition.reduced(losses, weights, given.reduction)
+    if not given.return_outputs:
         return loss
     with torch.no_grad():
-        seen = token_stats(given["logits"], given["target_tokens"], **_transforms(given))
-    entropy = seen.entropy if "entropy_coef" in given and losses.asked_terms(given)[1] else None
-    return loss, Outputs(seen.logp, entropy, Call.of(given))
+        seen = token_stats(given.logits, given.target_tokens, given.transform, given.reduction.ignore_index)
+    entropy = seen.entropy if objective.inputs and asked(given.terms).entropy else None
+    return loss, Outputs(seen.logp, entropy, Call(given.target_tokens, given.reduction, given.columns))
 
 
-def _arguments(public: Callable[P, R], args: Any, kwargs: Any) -> dict[str, Any]:
-    bound = inspect.signature(public).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
+def _composed(objective: PerToken, given: _Asked, columns: dict[str, Any], sequence_ratio: bool = False) -> Any:
+    def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        seen = token_stats(given.logits, target_tokens, given.transform, given.reduction.ignore_index)
+        return seen.logp, seen.entropy if with_entropy else None
+
+    return composition.composed(
+        read,
+        objective,
+        given.target_tokens,
+        {"log_ratio_clamp": given.terms.log_ratio_clamp, **columns},
+        given.sequences,
+        given.terms,
+        given.reduction,
+        sequence_ratio=sequence_ratio,
+        return_outputs=given.return_outputs,
+        derivatives_by_hand=False,
+    )
 
 
-def _eager(public: Callable[P, R]) -> Callable[P, R]:
-    """The eager counterpart of a public loss: its signature, the formula of its objective."""
+def _loss(compute: Callable[[_Asked], Any], name: str) -> Callable[..., Any]:
+    """A function with the signature of the public one of that name."""
 
-    @wraps(public)
     def reference(*args: Any, **kwargs: Any) -> Any:
-        return _reduced(OBJECTIVES[public.__name__], _arguments(public, args, kwargs))
+        return compute(_asked(name, args, kwargs))
 
+    reference.__name__ = reference.__qualname__ = name
+    reference.__doc__ = f"The eager counterpart of :func:`fused_losses.{name}`, same arguments, any float dtype."
+    reference.__signature__ = keywords.signature(name)  # type: ignore[attr-defined]
     return reference
 
 
-cross_entropy = _eager(losses.cross_entropy)
-importance_sampling = _eager(losses.importance_sampling)
-ppo = _eager(losses.ppo)
-cispo = _eager(losses.cispo)
-dro = _eager(losses.dro)
-_token_sapo = _eager(policy.sapo)
+def _per_token(name: str) -> Callable[..., Any]:
+    return _loss(lambda given: _of_objective(OBJECTIVES[name], given), name)
 
 
-def _composed(public: Callable[P, R], objective: policy.TorchObjective) -> Callable[P, R]:
-    """The same for a loss that is composed of torch operations on the logprobs: with the logprobs below."""
-
-    @wraps(public)
-    def reference(*args: Any, **kwargs: Any) -> Any:
-        return policy.composed(_arguments(public, args, kwargs), objective, logprobs)
-
-    return reference
+def _sapo(given: _Asked) -> Any:
+    if given.ratio_level == "token":
+        return _of_objective(OBJECTIVES["sapo"], given)
+    return _composed(composition.sapo, given, given.columns, True)
 
 
-gspo = _composed(policy.gspo, policy.gspo_objective)
-gmpo = _composed(policy.gmpo, policy.gmpo_objective)
-_sequence_sapo = _composed(policy.sapo, policy.sequence_sapo_objective)
+def _policy_loss(given: _Asked) -> Any:
+    objective, columns = composition.named(given.objective, given.inputs, given.terms)
+    if objective is None:
+        return _composed(composition.of_function(given.objective, given.inputs), given, columns)
+    return _of_objective(objective, given._replace(columns=columns))
 
 
-@wraps(policy.sapo)
-def sapo(*args: Any, ratio_level: str = "token", **kwargs: Any) -> Any:
-    return (_token_sapo if ratio_level == "token" else _sequence_sapo)(*args, **kwargs)
+cross_entropy = _per_token("cross_entropy")
+importance_sampling = _per_token("importance_sampling")
+ppo = _per_token("ppo")
+cispo = _per_token("cispo")
+dro = _per_token("dro")
+sapo = _loss(_sapo, "sapo")
+gspo = _loss(lambda given: _composed(composition.gspo, given, given.columns, True), "gspo")
+gmpo = _loss(lambda given: _composed(composition.gmpo, given, given.columns), "gmpo")
+policy_loss = _loss(_policy_loss, "policy_loss")
 
 
-@wraps(policy.policy_loss)
-def policy_loss(*args: Any, **kwargs: Any) -> Any:
-    objective, given = policy.named(_arguments(policy.policy_loss, args, kwargs))
-    return policy.composed(given, policy.of_user, logprobs) if objective is None else _reduced(objective, given)
+def _logprobs(given: _Asked) -> Any:
+    seen = token_stats(given.logits, given.target_tokens, given.transform, given.reduction.ignore_index)
+    return (seen.logp, seen.entropy) if given.return_entropy else seen.logp
 
 
-@wraps(losses.logprobs)
-def logprobs(
-    logits: Tensor,
-    target_tokens: Tensor,
-    *,
-    return_entropy: bool = False,
-    temperature: Tensor | float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    seen = token_stats(logits, target_tokens, temperature, softcap, logit_scale, ignore_index)
-    return (seen.logp, seen.entropy) if return_entropy else seen.logp
+logprobs = _loss(_logprobs, "logprobs")

@@ -103,19 +103,19 @@ def segment_mean(values: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor 
     return (segment_sum(selected.double(), cu_seqlens) / count.clamp(min=1)).to(values.dtype)
 
 
-def active_tokens(mask: Tensor, like: Tensor) -> Tensor:
-    """``mask != 0`` in the shape of ``like``; checks the mask."""
+def active_tokens(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
+    """``mask != 0`` in the shape of ``like``; checks the mask, the argument called ``name``."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.device != like.device:
-        raise ValueError(f"mask must be on the device of the tokens, {like.device}, got {mask.device}")
+        raise ValueError(f"{name} must be on the device of the tokens, {like.device}, got {mask.device}")
     active = mask if mask.dtype is torch.bool else mask != 0
     if active.shape != like.shape:
         try:
             active = active.expand(like.shape)
         except RuntimeError:
             raise ValueError(
-                f"mask must broadcast to the tokens' shape {tuple(like.shape)}, got {tuple(mask.shape)}"
+                f"{name} must broadcast to the tokens' shape {tuple(like.shape)}, got {tuple(mask.shape)}"
             ) from None
     return active
 

@@ -23,13 +23,31 @@ share_j being that of the targets equal to j. ``csrc/loss.h`` and ``triton_kerne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .objectives import Loss, constant, log_ratio
-from .problem import Column, KlType, Terms
+from .problem import Column, KlType, PolicyTerms, Terms
+
+KL_TYPES: tuple[KlType, ...] = get_args(KlType)
+
+
+class Asked(NamedTuple):
+    """Which of the terms that a policy loss may have it asks for."""
+
+    kl: bool
+    entropy: bool
+
+
+def asked(terms: PolicyTerms) -> Asked:
+    if terms.kl_type not in KL_TYPES:
+        raise ValueError(f"kl_type must be one of {KL_TYPES}, got {terms.kl_type!r}")
+    kl = isinstance(terms.kl_coef, Tensor) or terms.kl_coef != 0.0
+    if kl and terms.ref_logprobs is None:
+        raise ValueError("kl_coef needs ref_logprobs, the logprobs under the reference policy; got None")
+    return Asked(kl, isinstance(terms.entropy_coef, Tensor) or terms.entropy_coef != 0.0)
 
 
 class Seen(NamedTuple):

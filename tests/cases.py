@@ -21,7 +21,8 @@ from torch import Tensor
 import fused_losses
 from fused_losses import reference
 from fused_losses.objectives import OBJECTIVES, log_ratio
-from fused_losses.terms import KL_TYPES, Seen, Terms, kl, row_loss, times
+from fused_losses.problem import Terms, Transform
+from fused_losses.terms import Seen, kl, row_loss, times
 
 LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.is_loss)
 POLICY_LOSSES = tuple(name for name in LOSSES if "advantages" in OBJECTIVES[name].inputs)
@@ -265,22 +266,25 @@ def row_terms(case: Case) -> tuple[Seen, list[Tensor], Terms]:
     """What the tokens of a case see, in float64, and what :func:`terms.row_loss` makes a loss of."""
     given = case.keywords
     zero = torch.zeros(case.logits.shape[:-1], dtype=torch.float64, device=case.storage.device)
-    seen = reference.token_stats(case.logits.double(), case.target_tokens, **_transforms(given))
+    transform = Transform(*(given.get(name, default) for name, default in Transform._field_defaults.items()))
+    seen = reference.token_stats(case.logits.double(), case.target_tokens, transform, given.get("ignore_index", -100))
     if case.target_tokens.dim() > zero.dim():
         weights = given.get("weights")
         shares = torch.ones_like(seen.logp) if weights is None else weights + 0 * seen.logp.nan_to_num(0, 0, 0)
         shares = shares.where(case.target_tokens != given.get("ignore_index", -100), 0.0)
-        seen = seen._replace(logp=(shares * seen.logp).where(shares != 0, 0.0).sum(-1), total=shares.sum(-1))
+        seen = seen._replace(logp=(shares * seen.logp).where(shares != 0, 0.0).sum(-1), whole=shares.sum(-1))
     penalised = given.get("ref_logprobs") is not None
     limit = given.get("log_ratio_clamp")
-    columns = (given.get(n, d) for n, d in (("importance_weights", 1.0), ("ref_logprobs", 0.0), ("kl_coef", 0.0)))
+    importance, ref_logprobs = given.get("importance_weights"), given.get("ref_logprobs")
     terms = Terms(
-        *(zero + (0.0 if v is None else v) for v in columns),
-        zero + given.get("entropy_coef", 0.0),
-        zero + (math.inf if limit is None else limit),
-        given.get("label_smoothing", 0.0),
-        given.get("z_loss", 0.0),
-        kl_type=KL_TYPES.index(given.get("kl_type", "k3")) if penalised else -1,
+        importance_weights=zero + (1.0 if importance is None else importance),
+        ref_logprobs=zero + (0.0 if ref_logprobs is None else ref_logprobs),
+        kl_coef=zero + given.get("kl_coef", 0.0),
+        entropy_coef=zero + given.get("entropy_coef", 0.0),
+        log_ratio_clamp=zero + (math.inf if limit is None else limit),
+        label_smoothing=given.get("label_smoothing", 0.0),
+        z_loss=given.get("z_loss", 0.0),
+        kl_type=given.get("kl_type", "k3") if penalised else None,
         kl_weighted_by_ratio=given.get("kl_weighted_by_ratio", False),
         entropy="entropy_coef" in given,
     )
@@ -299,15 +303,15 @@ def _loss_scale(case: Case) -> Tensor:
     losses = OBJECTIVES[case.objective].formula(x, *inputs)[0]
     (g,) = torch.autograd.grad(losses.sum(), x)
     scale = times(terms.importance_weights.abs(), losses.abs() + g.abs() * (spread + old))
-    if terms.kl_type >= 0:
-        value, slope, _ = kl(x, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+    if terms.kl_type is not None:
+        value, slope, _ = kl(x, terms.ref_logprobs, terms.kl_type)
         size = 1 + value.abs() + (1 + slope.abs()) * (spread + terms.ref_logprobs.abs())
         if terms.kl_weighted_by_ratio:
             size = size * torch.exp(x - inputs[0]) * (spread + old)
         scale = scale + times(terms.kl_coef.abs(), size)
     log_v = math.log(vocab) + 1
     scale = scale + times(terms.entropy_coef.abs(), 2 * (seen.entropy + log_v) + spread)
-    total = torch.as_tensor(seen.total).abs() + 0 * x
+    total = torch.as_tensor(seen.whole).abs() + 0 * x
     if terms.label_smoothing:
         scale = scale + terms.label_smoothing * total * (2 * seen.spread.abs() + log_v + spread)
     scale = scale + terms.z_loss * total * 4 * (1 + seen.lse.abs()) ** 2
@@ -344,9 +348,9 @@ def magnitude(case: Case, truth: Tensor) -> Tensor:
     formula = OBJECTIVES[case.objective].formula
     _, g, h, zeta, s = (t[..., None] for t in row_loss(formula, seen, inputs, terms))
     # g is itself a sum, of the objective's and of the KL's
-    parts = row_loss(formula, seen, inputs, terms._replace(kl_type=-1)).g.abs()
-    if terms.kl_type >= 0:
-        _, slope, both = kl(seen.logp, terms.ref_logprobs, KL_TYPES[terms.kl_type])
+    parts = row_loss(formula, seen, inputs, terms._replace(kl_type=None)).g.abs()
+    if terms.kl_type is not None:
+        _, slope, both = kl(seen.logp, terms.ref_logprobs, terms.kl_type)
         penalty = 1 + slope.abs()
         if terms.kl_weighted_by_ratio:
             clamped, flows = log_ratio(seen.logp, inputs[0], terms.log_ratio_clamp)

@@ -39,7 +39,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The modules of bench/, which import each other by plain names as scripts do."""
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    names = ("accuracy", "cases", "conditions", "memory", "opponents", "report", "run", "timing")
+    names = tuple(path.stem for path in (ROOT / "bench").glob("*.py"))
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = SimpleNamespace(**{name: __import__(name) for name in names})
@@ -96,7 +96,7 @@ def test_report_fills_the_readme_and_check_guards_it(
     text = readme.read_text()
     assert text.startswith("# x\n") and text.endswith("\nend\n")
     assert "| cross_entropy (" in text and " us |" in text
-    assert bench.report.NOT_MEASURED in text.split("bench:gpu")[1]
+    assert bench.tables.NOT_MEASURED in text.split("bench:gpu")[1]
     assert bench.report.main([*options, "--check"]) == 0
 
     readme.write_text(text.replace(" us |", "1 us |", 1))
@@ -107,16 +107,16 @@ def test_report_fills_the_readme_and_check_guards_it(
 
 
 def test_report_takes_the_last_of_a_measurement_and_the_newest_file(bench: SimpleNamespace, tmp_path: Path) -> None:
-    record = dict.fromkeys(bench.report.KEY) | {"device": "x", "device_type": "cpu", "threads": 2}
+    record = dict.fromkeys(bench.records.KEY) | {"device": "x", "device_type": "cpu", "threads": 2}
     older, newer = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
     older.write_text(json.dumps({**record, "date": "2025-01-01", "median_ms": 1}))
     newer.write_text("\n".join(json.dumps({**record, "date": "2025-01-02", "median_ms": ms}) for ms in (2, 3)))
-    assert [r["median_ms"] for r in bench.report.load([newer, older])["cpu"][0]] == [3]
+    assert [r["median_ms"] for r in bench.records.load([newer, older])["cpu"][0]] == [3]
 
 
 def test_plots_are_drawn(records: list[dict], bench: SimpleNamespace, tmp_path: Path) -> None:
     shown = [{**r, "contender": "torch.compile"} if r["contender"] == "eager" else r for r in records]
-    bench.report.plot(shown, tmp_path / "plots" / "cpu.png")
+    bench.plots.plot(shown, tmp_path / "plots" / "cpu.png")
     assert (tmp_path / "plots" / "cpu.png").stat().st_size > 10_000
 
 
@@ -127,10 +127,10 @@ def test_a_wrong_opponent_shows(bench: SimpleNamespace, monkeypatch: pytest.Monk
     with pytest.raises(AssertionError, match="plain formula of ppo"):
         bench.opponents.check_plain_formulas(("ppo",))
     problem = bench.cases.make_problem(case, "ppo", "fp32", CPU)
-    measured = bench.run.measure(problem, "fwd+bwd", case.modes, (), case.opponents, repeats=2)
+    measured = bench.measure.measure(problem, "fwd+bwd", case.modes, (), case.opponents, repeats=2)
     (eager,) = [r for r in measured if r["contender"] == "eager"]
     assert eager["status"] == "wrong" and eager["grad_error"] > 1e-3
-    assert bench.report.cell([eager], bench.report.time_and_speedup) == "wrong"
+    assert bench.cells.cell([eager], bench.cells.time_and_speedup) == "wrong"
 
 
 def test_true_class_gradient_rounded_before_it_is_formed_shows(bench: SimpleNamespace) -> None:
@@ -161,11 +161,11 @@ def test_an_opponent_that_fails_is_a_record_and_not_the_end(
 
         return loss
 
-    monkeypatch.setitem(bench.run.OPPONENTS, "quack", bench.opponents.Opponent("quack", broken))
-    monkeypatch.setitem(bench.run.OPPONENTS, "Liger CE", bench.opponents.Opponent("Liger CE", exhausted))
+    monkeypatch.setitem(bench.opponents.OPPONENTS, "quack", bench.opponents.Opponent("quack", broken))
+    monkeypatch.setitem(bench.opponents.OPPONENTS, "Liger CE", bench.opponents.Opponent("Liger CE", exhausted))
     case = bench.cases.Case("broken", (4,), 50)
     problem = bench.cases.make_problem(case, "ppo", "fp32", CPU)
-    measured = bench.run.measure(problem, "fwd+bwd", ("separate",), ("eager",), ("quack", "Liger CE"), repeats=2)
+    measured = bench.measure.measure(problem, "fwd+bwd", ("separate",), ("eager",), ("quack", "Liger CE"), repeats=2)
     status = {r["contender"]: r["status"] for r in measured}
     assert status["quack"] == "failed: ImportError"
     assert status["Liger CE"] == "out of memory"

@@ -87,6 +87,8 @@ def test_any(name, examples):
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.keywords.items()}
         case = Case(case.objective, case.storage.to(device), case.target_tokens.to(device), moved)
         got, want = run(case.public(name), case), run(case.reference, case)
+        # float32 eager has no digit left where a target is sure; float64 overflows elsewhere
+        exact = run(case.reference, case, torch.float64)
         x = finite(want.logprobs)
         assert_close(got.logprobs, want.logprobs, 8 * EPS * (1 + x))
 
@@ -97,12 +99,13 @@ def test_any(name, examples):
         if case.keywords["reduction"] != "none":
             weights = case.keywords.get("weights", 1 + zero)[case.target_tokens != -100]
             scale = scale.sum() / (finite(weights.sum()) or 1.0 if case.keywords["reduction"] == "mean" else 1.0)
-        assert_close(got.loss, want.loss, 32 * EPS * scale)
+        finite_loss = torch.isfinite(want.loss) & torch.isfinite(exact.loss)
+        assert_close(got.loss, torch.where(finite_loss, exact.loss.float(), want.loss), 32 * EPS * scale)
 
         # inf * 0 is NaN or 0 by the order of operations: of such a row only that it is bad
         bad = ~torch.isfinite(want.gradient).all(-1)
         assert torch.equal(bad, ~torch.isfinite(got.gradient).all(-1)), (got.gradient, want.gradient)
-        expected = want.gradient[~bad]
+        expected = exact.gradient[~bad]
         size = expected.abs().sum(-1, keepdim=True)
         tiny = torch.finfo(torch.float32).smallest_normal  # below it, a backend may flush to 0
         assert_close(got.gradient[~bad], expected, 32 * EPS * spread[~bad, None] * size + tiny)

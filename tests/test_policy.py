@@ -22,14 +22,6 @@ B, T, VOCAB = 4, 6, 31
 LENGTHS = (6, 3, 0, 4)
 
 
-@pytest.fixture(autouse=True)
-def only_our_objectives() -> Iterator[None]:
-    ours = dict(OBJECTIVES)
-    yield
-    OBJECTIVES.clear()
-    OBJECTIVES.update(ours)
-
-
 class Batch:
     """B sequences of different lengths, one of them empty, with finite numbers that float32 holds."""
 

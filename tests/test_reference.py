@@ -18,6 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fused_losses
 from fused_losses import backends, reference
 from fused_losses.objectives import OBJECTIVES
+from fused_losses.problem import Problem, Stats, Targets, Terms, Transform
 
 INF, NAN = math.inf, math.nan
 
@@ -183,20 +184,39 @@ def grid(objective: str) -> tuple[Tensor, list[Tensor]]:
     return x, inputs
 
 
+def tokens_of_logprobs(backend, device, objective, x, inputs):
+    """(loss, logprobs, g) of the middle stage, for rows whose target has logit x and whose others make up for the rest
+    of a sum of 1: so that the logprob is x, or next to it."""
+    n = x.numel()
+    stats = torch.stack((torch.zeros(n), -torch.expm1(x), x)).to(device)
+    columns = [i.to(device) if isinstance(i, Tensor) else i for i in inputs]
+    columns += [math.inf] * (len(OBJECTIVES[objective].columns) - len(columns))
+    problem = Problem(
+        targets=Targets(torch.zeros(n, dtype=torch.int64, device=device), -100),
+        transform=Transform(),
+        weights=1.0,
+        objective=OBJECTIVES[objective],
+        inputs=tuple(columns),
+        terms=Terms(),
+        denominator=1.0,
+        vocab=2,
+        all_logprobs=False,
+    )
+    loss, logp, by = backends.resolve(backend, device).objective(Stats(stats), problem, False)
+    return loss, logp, by.table[0]
+
+
 @pytest.mark.parametrize("objective", LOSSES)
 def test_derivative_by_hand(backend, device, objective):
-    """A stats vector of (0, 1, x) has logprob x: the middle stage alone, fed with anything."""
+    """The middle stage alone, fed with anything: see tokens_of_logprobs."""
     x, inputs = grid(objective)
     if backend == "triton" and device.type == "cpu":  # a millisecond a program
         pick = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))[:2500]
         x, inputs = x[pick], [i[pick] for i in inputs]
     n = x.numel()
-    stats = torch.stack((torch.zeros(n), torch.ones(n), x)).to(device)
-    target = torch.zeros(n, dtype=torch.int64, device=device)
-    columns = tuple(i.to(device) for i in inputs)
-    module = backends.resolve(backend, device)
-    loss, logp, g = module.objective(stats, target, objective, columns, 1.0, 1.0, 1.0, False, -100, False, None)
-    torch.testing.assert_close(logp.cpu(), x, rtol=0, atol=0)
+    loss, logp, g = tokens_of_logprobs(backend, device, objective, x, inputs)
+    torch.testing.assert_close(logp.cpu(), x, rtol=2 * EPS, atol=2 * EPS)
+    x = logp.cpu()
 
     leaf = x.clone().requires_grad_()
     expected = OBJECTIVES[objective].formula(leaf, *inputs)[0]
@@ -225,11 +245,8 @@ def test_derivative_by_hand(backend, device, objective):
 @pytest.mark.parametrize("objective", ["ppo", "cispo"])
 def test_ratio_at_a_bound(backend, device, objective):
     """r equal to a bound is not clipped: the gradient flows."""
-    module = backends.resolve(backend, device)
-    stats = torch.tensor([[0.0], [1.0], [-1.5]], device=device).repeat(1, 2)
-    advantages = torch.tensor([1.0, -1.0], device=device)
-    target = torch.zeros(2, dtype=torch.int64, device=device)
-    _, _, g = module.objective(
-        stats, target, objective, (-1.5, advantages, 1.0, 1.0), 1.0, 1.0, 1.0, False, -100, False, None
-    )
+    x = torch.full((2,), -1.5)
+    inputs = [x, torch.tensor([1.0, -1.0]), 1.0, 1.0]
+    _, inputs[0], _ = tokens_of_logprobs(backend, device, objective, x, inputs)
+    _, _, g = tokens_of_logprobs(backend, device, objective, x, inputs)
     assert g.tolist() == [-1.0, 1.0]

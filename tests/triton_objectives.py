@@ -25,3 +25,26 @@ def weighted_sum_triton(logp, a, b, c, d, e, f, g, h, i):
 WEIGHTED_SUM = Objective(
     "weighted_sum", weighted_sum, tuple(f"input_{i}" for i in range(NUM_INPUTS)), triton=weighted_sum_triton
 )
+
+
+def doubled(logp: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return -2 * scale * logp, (-2 * scale).expand_as(logp)
+
+
+def tripled(logp: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return -3 * scale * logp, (-3 * scale).expand_as(logp)
+
+
+@triton.jit
+def doubled_triton(logp, scale):
+    return -2 * scale * logp, -2 * scale
+
+
+@triton.jit
+def tripled_triton(logp, scale):
+    return -3 * scale * logp, -3 * scale
+
+
+# of one name: each must still be itself
+DOUBLED = Objective("mine", doubled, ("scale",), triton=doubled_triton)
+TRIPLED = Objective("mine", tripled, ("scale",), triton=tripled_triton)

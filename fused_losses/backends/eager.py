@@ -81,7 +81,8 @@ class Eager:
         entropy_asked = not problem.plain and terms.entropy
         softmax = _softmax(stats, problem.targets, transform, entropy_asked)
         read, active = _reads(problem), _active(problem)
-        given = _matrix(problem.targets).T != problem.targets.ignore_index
+        tokens = _matrix(problem.targets).T
+        given = tokens != problem.targets.ignore_index
         logp = softmax.logprobs.where(given & read, 0.0)
         inputs = [constant(c, like) for c in problem.inputs]
         weights, denominator = constant(problem.weights, like), constant(problem.denominator, like)
@@ -126,33 +127,30 @@ class Eager:
         gradient: Tensor,
     ) -> None:
         x = logits.reshape(-1, logits.shape[-1]).float()
+        vocab = x.shape[1]
         tokens = _matrix(targets)
-        outside = (tokens < 0) | (tokens >= x.shape[1])
-        tokens = tokens.masked_fill(outside, 0).long()
+        outside = (tokens < 0) | (tokens >= vocab)
         shares = torch.ones_like(tokens, dtype=torch.float32) if targets.shares is None else targets.shares
+        counts = shares != 0
+        # what has no element of its own goes to a column beside the vocabulary
+        at = tokens.where(counts & ~outside, vocab).long()
         whole = shares.sum(1, keepdim=True)
         by = times(upstream, coefficients.table)
         softmax = _softmax(stats, targets, transform, not coefficients.plain)
         unit = _inverse_temperature(transform, stats.maximum)[:, None]
         top = _capped(stats.maximum, transform)[:, None]
         distance = (_capped(x, transform) - top) * unit - softmax.lead[:, None]
-        p = torch.exp(distance) / softmax.total[:, None]
-        share = torch.zeros_like(x).scatter_add(1, tokens, shares)
-        target_p, others, of_target = (t.T for t in (softmax.p, softmax.others, softmax.targets))
-        # share - whole p at the targets; where p is near 1 and the target has the whole, made of 1 - p
-        of_all = share.gather(1, tokens)
-        drawn = ((of_all - whole) + whole * others).where(target_p >= 0.5, of_all - whole * target_p)
-        counts = shares != 0
-        # targets that do not count keep what their element has without them
-        drawn = (-whole * p).scatter(1, tokens, drawn.where(counts, -whole * p.gather(1, tokens)))
+        distance = _with_targets(distance, at, softmax.targets.T)
+        p = _with_targets(torch.exp(distance) / softmax.total[:, None], at, softmax.p.T)
+        # share - whole p; where p is near 1 and the target has the whole, made of 1 - p
+        share = x.new_zeros(x.shape[0], vocab + 1).scatter_add(1, at, shares).gather(1, at)
+        drawn = ((share - whole) + whole * softmax.others.T).where(softmax.p.T >= 0.5, share - whole * softmax.p.T)
+        drawn = _with_targets(-whole * p, at, drawn)
         if coefficients.plain:
             rows = by[0][:, None] * drawn
         else:
             g, h, zeta, s = (row[:, None] for row in by)
-            p = p.scatter(1, tokens, target_p.where(counts, p.gather(1, tokens)))
-            distance = distance.scatter(1, tokens, of_target.where(counts, distance.gather(1, tokens)))
-            dense = zeta - h * (distance.clamp(min=_LOWEST) - softmax.mean[:, None])
-            rows = g * drawn + p * dense + s
+            rows = g * drawn + p * (zeta - h * (distance.clamp(min=_LOWEST) - softmax.mean[:, None])) + s
         slope = unit
         if transform.softcap is not None:
             slope = slope * (1 - torch.tanh(x / transform.softcap) ** 2)
@@ -185,6 +183,11 @@ def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bo
     total = rest + own
     log_total = torch.where(own == 1, torch.log1p(rest), torch.log(total))
     return Softmax(lead, behind[None], total, log_total, moment / total, (own / total)[None], (rest / total)[None])
+
+
+def _with_targets(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """``rows`` with the elements ``at`` replaced; those beside the vocabulary are dropped."""
+    return torch.nn.functional.pad(rows, (0, 1)).scatter(1, at, values)[:, :-1]
 
 
 def _matrix(targets: Targets) -> Tensor:

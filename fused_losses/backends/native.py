@@ -24,7 +24,9 @@ from ..problem import (
 )
 from .rows import as_matrix
 
-BROKEN = "does not load"  # python -m fused_losses reports this as a failure, not as a choice
+# What python -m fused_losses looks for: the first is a failure, the second a choice, or a compiler that was not found.
+BROKEN = "does not load"
+NOT_BUILT = "the extension is not built"
 
 
 def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
@@ -32,7 +34,7 @@ def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module(f"fused_losses.{name}")
     except ModuleNotFoundError:
-        return None, f"the extension is not built; {fix} and reinstall the package"
+        return None, f"{NOT_BUILT}; {fix} and reinstall the package"
     except ImportError as error:
         return None, f"the extension is built but {BROKEN} ({error}); reinstall the package"
     difference = inputs_differ(getattr(module, "objectives", {}))

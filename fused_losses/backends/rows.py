@@ -55,10 +55,16 @@ def as_matrix(logits: Tensor) -> Tensor:
 
 def overlap(logits: Tensor) -> bool:
     """Whether two elements share memory (expanded or overlapping rows), so that writing in place is not defined."""
+    # sorted by hand: torch.compile does not sort strides that are symbolic
+    left = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
+    while left:
+        nearest = 0
+        for i in range(1, len(left)):
+            if left[i][0] < left[nearest][0]:
+                nearest = i
+        stride, size = left.pop(nearest)
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
     return False

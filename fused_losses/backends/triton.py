@@ -478,7 +478,7 @@ def _reduce(row_losses: Tensor, denominator: Column) -> Tensor:
     return out
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def _on(device: torch.device) -> AbstractContextManager[None]:
     """Triton launches on the current device: make that the tensor's. The context costs more than the question."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()

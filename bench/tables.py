@@ -1,0 +1,266 @@
+"""The tables of README.md, each from the records of one device; conditions under it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cells import (
+    MODES,
+    ROW,
+    cell,
+    conditions_line,
+    error,
+    floor_ratio,
+    in_order,
+    label,
+    markdown,
+    megabytes,
+    number,
+    time_and_floor,
+    time_and_speedup,
+    who,
+)
+from records import Device, Record, distinct, read, where
+
+NOT_MEASURED = "not measured yet"
+TERMS = "fused, "  # how the contenders begin that are the loss with a term
+
+
+def by_contender(records: list[Record], columns: tuple[str, ...], render: Callable[[Record], str | None]) -> str:
+    """One row per contender, one column per value of ``columns``."""
+    heads = distinct(records, *columns)
+    names = {"mode": MODES}
+    head = ["", *(" ".join(names.get(c, {}).get(v, v) for c, v in zip(columns, h, strict=True)) for h in heads)]
+    rows = [
+        [label(*row)]
+        + [
+            cell(
+                where(records, **dict(zip((*ROW, *columns), (*row, *h), strict=True))),
+                render,
+            )
+            for h in heads
+        ]
+        for row in in_order(distinct(records, *ROW))
+    ]
+    return markdown(head, rows)
+
+
+def main_cases(records: list[Record]) -> list[Record]:
+    """ppo where torch.compile was among the opponents: the cases that a README shows."""
+    cases = tuple(c for (c,) in distinct(where(records, contender="torch.compile"), "case"))
+    return where(records, case=cases, loss="ppo")
+
+
+def cpu_times(device: Device) -> tuple[str, list[Record]]:
+    records = [r for r in where(main_cases(device), group="fwd+bwd") if r["contender"] != "read"]
+    return by_contender(records, ("case", "dtype"), time_and_speedup), records
+
+
+def cpu_floor(device: Device) -> tuple[str, list[Record]]:
+    """In place as a multiple of `mul_`, a reused gradient of `copy_`, anything that allocates of `clone`."""
+    records = [r for r in where(main_cases(device), group="fwd+bwd") if r["mode"] != "floor"]
+    return by_contender(records, ("case", "dtype"), floor_ratio), records
+
+
+def cpu_modes(device: Device) -> tuple[str, list[Record]]:
+    """Forward only and two phase: one row per contender, so that its mode is the column."""
+    records = [r for r in where(main_cases(device), group=("forward", "two_phase")) if r["mode"] != "floor"]
+    heads = distinct(records, "mode", "dtype", "case")
+    rows = []
+    for contender, backend, same_loss in distinct(records, "contender", "backend", "same_loss"):
+        cells = (where(records, contender=contender, backend=backend, mode=m, dtype=d, case=c) for m, d, c in heads)
+        rows.append([who(contender, backend, same_loss), *(cell(found, time_and_speedup) for found in cells)])
+    return markdown(["", *(f"{MODES[m]}, {c} {d}" for m, d, c in heads)], rows), records
+
+
+def cpu_losses(device: Device) -> tuple[str, list[Record]]:
+    """Every loss and backend in every mode, on the smaller case."""
+    others = {*distinct(main_cases(device), "case"), *distinct(with_terms(device), "case")}
+    small = tuple(set(distinct(device, "case")) - others)
+    records = where(device, contender="fused", mode=tuple(MODES), case=tuple(c for (c,) in small))
+    modes = [m for m in MODES if m != "reused" and where(records, mode=m)]
+    rows = [
+        [f"{loss} ({backend})", f"{case} {dtype}"]
+        + [
+            cell(where(records, loss=loss, backend=backend, case=case, dtype=dtype, mode=m), time_and_speedup)
+            for m in modes
+        ]
+        for loss, backend, case, dtype in distinct(records, "loss", "backend", "case", "dtype")
+    ]
+    return markdown(["loss", "case", *(MODES[m] for m in modes)], rows), records
+
+
+def with_terms(records: list[Record]) -> list[Record]:
+    """The cases in which the loss was measured with and without terms, such as the entropy."""
+    cases = tuple(r["case"] for r in records if r["contender"].startswith(TERMS))
+    return [r for r in where(records, case=cases) if r["contender"] == "fused" or r["contender"].startswith(TERMS)]
+
+
+def terms(device: Device) -> tuple[str, list[Record]]:
+    """What a term costs beside the plain loss, in the same run; in place, as what fresh memory costs hides it."""
+    records = where(with_terms(device), mode="inplace")
+    columns = distinct(records, "case", "dtype", "mode")
+    plain = {key: where(records, contender="fused", case=key[0], dtype=key[1], mode=key[2]) for key in columns}
+
+    def beside(record: Record) -> str:
+        base = plain[record["case"], record["dtype"], record["mode"]]
+        times = f"{number(record['median_ms'])} ms"
+        return (
+            times if record["contender"] == "fused" else f"{times}, {record['median_ms'] / base[-1]['median_ms']:.2f}"
+        )
+
+    rows = [
+        [f"ppo{contender.replace('fused, ', ', ') if contender != 'fused' else ''} ({backend})"]
+        + [
+            cell(where(records, contender=contender, backend=backend, case=c, dtype=d, mode=m), beside)
+            for c, d, m in columns
+        ]
+        for contender, backend in distinct(records, "contender", "backend")
+    ]
+    return markdown(["", *(f"{c.removesuffix(', terms')} {d}, {MODES[m]}" for c, d, m in columns)], rows), records
+
+
+def memory_and_errors(device: Device) -> tuple[str, list[Record]]:
+    """Of the first main case: peak memory beyond the logits, and errors against float64."""
+    records = [r for r in where(main_cases(device), group="fwd+bwd") if r["mode"] != "floor"]
+    records = where(records, case=records[0]["case"]) if records else []
+    columns: dict[str, Callable[[Record], str | None]] = {
+        "peak memory": megabytes,
+        "page faults": lambda record: None if record["page_faults"] is None else f"{record['page_faults']:.0f}",
+        "loss": error("loss_error"),
+        "gradient": error("grad_error"),
+        "gradient at the target": error("true_class_error"),
+    }
+    if all(r["page_faults"] is None for r in records):  # CUDA
+        del columns["page faults"]
+    dtypes = [d for (d,) in distinct(records, "dtype")]
+    rows = [
+        [label(*row)]
+        + [
+            cell(where(records, dtype=d, **dict(zip(ROW, row, strict=True))), render, even_if_wrong=True)
+            for render in columns.values()
+            for d in dtypes
+        ]
+        for row in in_order(distinct(records, *ROW))
+    ]
+    case = records[0]["case"] if records else ""
+    return markdown([f"ppo {case}", *(f"{name}, {d}" for name in columns for d in dtypes)], rows), records
+
+
+def overhead(device: Device) -> tuple[str, list[Record]]:
+    """Host time of ppo, forward and backward, on one token: what the interface costs above its kernels."""
+    records = where(device, group="overhead")
+    rows = []
+    for contender, backend in distinct(records, "contender", "backend"):
+        public = where(records, contender=contender, backend=backend, mode="public")
+        kernels = where(records, contender=contender, backend=backend, mode="kernels")
+        us = [cell(found, lambda r: f"{r['median_ms'] * 1e3:.0f} us") for found in (public, kernels)]
+        rows.append(
+            [
+                who(contender, backend),
+                *us,
+                cell(public, lambda r: f"{r['overhead_us']:.0f} us" if r.get("overhead_us") else None),
+            ]
+        )
+    return markdown(["ppo, N = 1, V = 1024", "public call and backward", "bare kernels", "interface"], rows), records
+
+
+def gpu_times(device: Device) -> tuple[str, list[Record]]:
+    """Milliseconds and, in brackets, multiples of the copy (forward only: of the read) in the same run."""
+    records = [
+        r for r in where(device, group=("fwd+bwd", "forward", "two_phase"), mode=tuple(MODES)) if r["mode"] != "reused"
+    ]
+    heads = sorted(distinct(records, "contender", "backend"), key=lambda h: h[0] != "fused")
+    rows = []
+    for case, loss, dtype, mode in distinct(where(records, contender="fused"), "case", "loss", "dtype", "mode"):
+        row = where(records, case=case, loss=loss, dtype=dtype)
+        cells = []
+        for contender, backend in heads:
+            mine = where(row, contender=contender, backend=backend)
+            # who can't work in place is shown with a gradient of its own
+            modes = (mode, "separate") if mode == "inplace" and contender != "fused" else (mode,)
+            found = next((f for m in modes if (f := where(mine, mode=m))), [])
+            cells.append(cell(found, time_and_floor))
+        rows.append([f"{case} {dtype}", f"{loss}, {MODES[mode]}", *cells])
+    names = [f"**{backend}**" if contender == "fused" else contender for contender, backend in heads]
+    return markdown(["case", "", *names], rows), records
+
+
+def gpu_latency(device: Device) -> tuple[str, list[Record]]:
+    """Small cases: time on the device, wall time from idle to idle, and a replayed CUDA graph."""
+    cases = tuple(c for (c,) in distinct([r for r in device if r.get("graph_ms")], "case"))
+    records = [r for r in where(device, case=cases) if r["mode"] != "floor"]
+    fields = {"device": "median_ms", "wall": "wall_ms", "CUDA graph": "graph_ms"}
+
+    def milliseconds(field: str) -> Callable[[Record], str | None]:
+        return lambda r: f"{number(r[field])} ms" if r.get(field) else None
+
+    rows = [
+        [f"{case} {loss}", label(contender, backend, mode)]
+        + [
+            cell(where(records, case=case, loss=loss, contender=contender, backend=backend, mode=mode), milliseconds(f))
+            for f in fields.values()
+        ]
+        for case, loss, contender, backend, mode in distinct(records, "case", "loss", "contender", "backend", "mode")
+    ]
+    return markdown(["case", "", *fields], rows), records
+
+
+LOSSES = {"": "plain", "Identity": "with terms", "Softcap": "with terms and a softcap"}
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float": "fp32"}
+
+
+def machine_code(files: list[Path]) -> str:
+    """Instructions per element of one pass, the sum and the gradient together, of the newest file."""
+    if not files:
+        return markdown(["CUDA kernels", ""], [["any architecture", NOT_MEASURED]])
+    newest = max(map(read, files), key=lambda records: records[0]["date"])
+    one_pass = [r for r in newest if r["kernel"].endswith("loss_and_grad_kernel")]
+    architectures = sorted({r["architecture"] for r in one_pass}, key=lambda a: int(re.sub(r"\D", "", a)))
+
+    def per_element(transform: str, dtype: str, architecture: str) -> str:
+        (r,) = where(one_pass, transform=transform, dtype=dtype, architecture=architecture)
+        loops = r["instructions_per_element"]
+        return f"{loops['sum'] + loops['map']:.1f}, {r['registers']}"
+
+    rows = [
+        [f"{loss}, {element}", *(per_element(transform, dtype, a) for a in architectures)]
+        for transform, loss in LOSSES.items()
+        for dtype, element in ELEMENTS.items()
+    ]
+    first = newest[0]
+    changed = " with uncommitted changes" if first["dirty"] else ""
+    return f"{markdown(['one pass', *architectures], rows)}\n\n<sub>commit {first['commit']}{changed}.</sub>"
+
+
+Table = Callable[[Device], tuple[str, list[Record]]]
+TABLES: dict[str, tuple[str, Table]] = {
+    "cpu": ("cpu", cpu_times),
+    "cpu-floor": ("cpu", cpu_floor),
+    "cpu-modes": ("cpu", cpu_modes),
+    "cpu-losses": ("cpu", cpu_losses),
+    "cpu-terms": ("cpu", terms),
+    "cpu-memory": ("cpu", memory_and_errors),
+    "cpu-overhead": ("cpu", overhead),
+    "gpu": ("cuda", gpu_times),
+    "gpu-terms": ("cuda", terms),
+    "gpu-latency": ("cuda", gpu_latency),
+    "gpu-memory": ("cuda", memory_and_errors),
+    "gpu-overhead": ("cuda", overhead),
+}
+
+
+def tables(devices: dict[str, list[Device]]) -> dict[str, str]:
+    """Each table with its line of conditions, one after the other for several devices."""
+    texts = {}
+    for name, (device_type, table) in TABLES.items():
+        parts = []
+        for device in devices[device_type]:
+            text, records = table(device)
+            if records:
+                parts += [text, conditions_line(records)]
+        what = {"cpu": "CPU", "cuda": "GPU"}[device_type]
+        texts[name] = "\n\n".join(parts) or markdown([what, ""], [[f"any {what}", NOT_MEASURED]])
+    return texts

@@ -1,0 +1,401 @@
+"""From what a caller says to what is asked of the rows: every argument checked and brought to a column, and the stages
+run on the result. The functions of losses.py call these, one each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, composition, ops, stages
+from .backends import resolve, unusable
+from .composition import Columns, PerToken
+from .logits import Logits
+from .objectives import OBJECTIVES, Objective
+from .outputs import Call, Outputs
+from .problem import (
+    BackendName,
+    Column,
+    How,
+    PolicyTerms,
+    Problem,
+    Reduction,
+    Sequences,
+    Targets,
+    Terms,
+    Transform,
+)
+from .terms import asked
+
+Result = Tensor | tuple[Tensor, Outputs]
+
+
+# ---- The public losses ----
+
+
+def policy(
+    name: str,
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    return _of_objective(OBJECTIVES[name], logits, target_tokens, columns, terms, transform, reduction, how)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target_tokens: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    several = checks.several_targets(logits, target_tokens)
+    tokens = checks.logits_and_targets(logits, target_tokens, several)
+    divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
+    mean = reduction.reduction == "mean" and reduction.denominator is None
+    ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
+    weights: Column = 1.0
+    shares = None
+    if several:
+        shares, weights = _shares(logits, target_tokens, reduction.weights, ignore_index)
+        if mean:
+            divisor, mean = shares.sum(dtype=torch.float64).float(), False
+    elif reduction.weights is not None:
+        weights = checks.column("weights", reduction.weights, logits)
+    problem = Problem(
+        targets=Targets(tokens, ignore_index, shares),
+        transform=_transform(transform, logits),
+        weights=weights,
+        objective=OBJECTIVES["cross_entropy"],
+        inputs=(),
+        terms=Terms(
+            label_smoothing=checks.number("label_smoothing", label_smoothing), z_loss=checks.number("z_loss", z_loss)
+        ),
+        denominator=divisor,
+        vocab=logits.shape[-1],
+        all_logprobs=how.return_outputs,
+    )
+    return _run(logits, target_tokens, problem, {}, reduction, how, mean)
+
+
+def gspo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    sequences: Sequences,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    _check_ratio_gradient(sequences)
+    return _composed(
+        composition.gspo, logits, target_tokens, columns, sequences, terms, transform, reduction, how, True
+    )
+
+
+def gmpo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    sequences: Sequences,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    return _composed(composition.gmpo, logits, target_tokens, columns, sequences, terms, transform, reduction, how)
+
+
+def sapo(
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    ratio_level: str,
+    sequences: Sequences,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    _check_ratio_gradient(sequences)
+    if ratio_level == "token":
+        for name in ("cu_seqlens", "sequence_ratio_mask"):
+            if getattr(sequences, name) is not None:
+                raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
+        return policy("sapo", logits, target_tokens, columns, terms, transform, reduction, how)
+    if ratio_level != "sequence":
+        raise ValueError(f'ratio_level must be "token" or "sequence", got {ratio_level!r}')
+    return _composed(
+        composition.sapo, logits, target_tokens, columns, sequences, terms, transform, reduction, how, True
+    )
+
+
+def policy_loss(
+    logits: Tensor,
+    target_tokens: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    inputs: tuple[Any, ...],
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    named, columns = composition.named(objective, inputs, terms)
+    if named is None:
+        assert callable(objective)
+        function = composition.of_function(objective, inputs)
+        return _composed(function, logits, target_tokens, columns, Sequences(), terms, transform, reduction, how)
+    checks.logits_and_targets(logits, target_tokens)
+    backend = checks.backend(how.backend)
+    if backend == "auto" and named.triton is not None and logits.is_cuda:
+        how = how._replace(backend="triton" if unusable("triton", logits.device) is None else "auto")
+    # Operators know objectives by name, and so only ours.
+    ours = OBJECTIVES.get(named.name) is named
+    watched = checks.watched(logits, target_tokens)
+    if ours or (not watched and resolve(how.backend, logits.device).runs(named)):
+        return _of_objective(named, logits, target_tokens, columns, terms, transform, reduction, how)
+    _inputs(named, columns, terms, logits)
+    function = composition.of_objective(named)
+    return _composed(
+        function,
+        logits,
+        target_tokens,
+        {**columns, "log_ratio_clamp": terms.log_ratio_clamp},
+        Sequences(),
+        terms,
+        transform,
+        reduction,
+        how,
+    )
+
+
+def logprobs(
+    logits: Tensor,
+    target_tokens: Tensor,
+    transform: Transform,
+    ignore_index: int,
+    backend: BackendName,
+    return_entropy: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    tokens = checks.logits_and_targets(logits, target_tokens)
+    problem = Problem(
+        targets=Targets(tokens, checks.index("ignore_index", ignore_index, target_tokens.dtype)),
+        transform=_transform(transform, logits),
+        weights=1.0,
+        objective=OBJECTIVES["logprobs"],
+        inputs=(),
+        terms=Terms(entropy=bool(return_entropy)),
+        denominator=1.0,
+        vocab=logits.shape[-1],
+        all_logprobs=False,
+    )
+    source = _source(logits, problem, How(backend=checks.backend(backend)))
+    if not return_entropy:
+        logp, _ = stages.run(source, (logits,), problem, reduce=False, recompute=False)
+        return logp.view(target_tokens.shape)
+    if stages.wants_gradient((logits,)):
+        logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, logits)
+    else:
+        logp, entropy = source.forward((logits,), problem, False).logprobs
+    return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
+
+
+# ---- One problem for all tokens ----
+
+
+def _of_objective(
+    objective: Objective,
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    tokens = checks.logits_and_targets(logits, target_tokens)
+    divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
+    problem = Problem(
+        targets=Targets(tokens, checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)),
+        transform=_transform(transform, logits),
+        weights=1.0 if reduction.weights is None else checks.column("weights", reduction.weights, logits),
+        objective=objective,
+        inputs=_inputs(objective, columns, terms, logits),
+        terms=_terms(terms, logits),
+        denominator=divisor,
+        vocab=logits.shape[-1],
+        all_logprobs=how.return_outputs,
+    )
+    mean = reduction.reduction == "mean" and reduction.denominator is None
+    return _run(logits, target_tokens, problem, columns, reduction, how, mean)
+
+
+def _run(
+    logits: Tensor,
+    target_tokens: Tensor,
+    problem: Problem,
+    columns: Columns,
+    reduction: Reduction,
+    how: How,
+    mean: bool,
+) -> Result:
+    """mean: what the sum is divided by is still to be found."""
+    checks.backend(how.backend)
+    reduce = reduction.reduction != "none"
+    wants_gradient = stages.wants_gradient((logits,))
+    if how.inplace and wants_gradient:
+        checks.inplace(logits, reduction.reduction, how.recompute)
+    source = _source(logits, problem, how if wants_gradient else how._replace(inplace=False))
+    if mean:
+        problem = problem._replace(denominator=source.normaliser(problem))
+    loss, seen = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)
+    if not reduce:
+        loss = loss.view(logits.shape[:-1])
+    if not how.return_outputs:
+        return loss
+    entropy = None
+    if not problem.plain:
+        entropy = seen[-1].view(logits.shape[:-1]) if problem.terms.entropy else None
+        seen = seen[:-1].t()
+    return loss, Outputs(seen.reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
+
+
+def _source(logits: Tensor, problem: Problem, how: How) -> stages.Source:
+    kind = ops.Watched if ops.watched(logits, problem) else Logits
+    return kind(how.backend, how.inplace, how.validate)
+
+
+def _inputs(objective: Objective, columns: Columns, terms: PolicyTerms, logits: Tensor) -> tuple[Column, ...]:
+    """The objective's columns in its order, its bounds checked as far as the host knows them."""
+    inputs: list[Column] = []
+    for name in objective.columns:
+        value = terms.log_ratio_clamp if name == "log_ratio_clamp" and name not in columns else columns[name]
+        if value is None and name in objective.limits:
+            inputs.append(math.inf)
+            continue
+        column = checks.column(name, value, logits)  # type: ignore[arg-type]
+        if name in objective.bounds and isinstance(column, float) and column < 0:
+            raise ValueError(f"{name} must be at least 0, got {column}")
+        inputs.append(column)
+    checks.clip(columns.get("clip_low_threshold"), columns.get("clip_high_threshold"))
+    return tuple(inputs)
+
+
+def _terms(terms: PolicyTerms, logits: Tensor) -> Terms:
+    wanted = asked(terms)
+    ref_logprobs: Column = 0.0
+    if terms.ref_logprobs is not None:  # not to be wrong where it is not used, either
+        ref_logprobs = checks.column("ref_logprobs", terms.ref_logprobs, logits)
+    importance, clamp = terms.importance_weights, terms.log_ratio_clamp
+    if not wanted.kl and not wanted.entropy:
+        if importance is None:
+            return _NO_TERMS
+        return Terms(importance_weights=checks.column("importance_weights", importance, logits))
+    return Terms(
+        importance_weights=1.0 if importance is None else checks.column("importance_weights", importance, logits),
+        ref_logprobs=ref_logprobs if wanted.kl else 0.0,
+        kl_coef=checks.column("kl_coef", terms.kl_coef, logits),
+        entropy_coef=checks.column("entropy_coef", terms.entropy_coef, logits),
+        log_ratio_clamp=math.inf if clamp is None else checks.column("log_ratio_clamp", clamp, logits),
+        kl_type=terms.kl_type if wanted.kl else None,
+        kl_weighted_by_ratio=bool(terms.kl_weighted_by_ratio),
+        entropy=wanted.entropy,
+    )
+
+
+_NO_TERMS = Terms()
+
+
+def _transform(transform: Transform, logits: Tensor) -> Transform:
+    """One that leaves no scale to apply: s cap tanh(x / cap) / T, with cap and T divided by s."""
+    temperature = checks.column("temperature", transform.temperature, logits)
+    softcap, logit_scale = transform.softcap, transform.logit_scale
+    if softcap is None and logit_scale == 1.0:
+        return Transform(temperature)
+    scale = checks.number("logit_scale", logit_scale)
+    cap = None if softcap is None else checks.number("softcap", softcap) / scale
+    return Transform(temperature / scale, cap)
+
+
+def _shares(
+    logits: Tensor, target_tokens: Tensor, weights: Tensor | float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """((N, K) weights with ignored targets at 0, (N,) 1 for a token that has any other)"""
+    given = checks.column("weights", 1.0 if weights is None else weights, target_tokens.unsqueeze(-1))
+    if isinstance(given, float):
+        shares = torch.full((), given, dtype=torch.float32, device=logits.device).expand(target_tokens.numel())
+    else:
+        shares = given
+    shares = shares.masked_fill(target_tokens.reshape(-1) == ignore_index, 0.0)
+    shares = shares.view(-1, target_tokens.shape[-1])
+    return shares, (shares != 0).any(1).float()
+
+
+# ---- Composed of torch operations ----
+
+
+def _check_ratio_gradient(sequences: Sequences) -> None:
+    if sequences.ratio_gradient not in ("token", "sequence"):
+        raise ValueError(f'ratio_gradient must be "token" or "sequence", got {sequences.ratio_gradient!r}')
+
+
+def _composed(
+    objective: PerToken,
+    logits: Tensor,
+    target_tokens: Tensor,
+    columns: Columns,
+    sequences: Sequences,
+    terms: PolicyTerms,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+    sequence_ratio: bool = False,
+) -> Result:
+    tokens = checks.logits_and_targets(logits, target_tokens)
+    checks.backend(how.backend)
+    ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
+    if how.inplace and stages.wants_gradient((logits,)):
+        raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
+    checked: dict[str, Column | None] = {"temperature": transform.temperature, "log_ratio_clamp": terms.log_ratio_clamp}
+    checked |= {name: value for name, value in columns.items() if value is not None or name in _NEVER_NONE}
+    checked |= {"weights": reduction.weights, "importance_weights": terms.importance_weights}
+    checked |= {"entropy_coef": terms.entropy_coef, "kl_coef": terms.kl_coef, "ref_logprobs": terms.ref_logprobs}
+    for name, value in checked.items():
+        if value is not None or name in _NEVER_NONE:
+            checks.column(name, value, logits)  # type: ignore[arg-type]
+    checks.clip(columns.get("clip_low_threshold"), columns.get("clip_high_threshold"))
+    if how.validate:
+        checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
+        checks.values_in_range(checked)
+    checks.denominator(reduction.denominator, reduction.reduction, logits)
+
+    def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        seen = logprobs(logits, target_tokens, transform, ignore_index, how.backend, with_entropy)
+        return seen if isinstance(seen, tuple) else (seen, None)
+
+    return composition.composed(
+        read,
+        objective,
+        target_tokens,
+        {"log_ratio_clamp": terms.log_ratio_clamp, **columns},
+        sequences,
+        terms,
+        reduction,
+        sequence_ratio=sequence_ratio,
+        return_outputs=how.return_outputs,
+        derivatives_by_hand=True,
+    )
+
+
+# None is the default of some columns; of these it is an error that names them.
+_NEVER_NONE = ("old_logprobs", "advantages")

@@ -1,0 +1,284 @@
+"""Losses whose objective is made of torch operations on the logprobs: of whole sequences, or the user's own.
+
+Two phase: the logprobs, and the entropy if it is needed, come from one read of the logits; the objective works on N
+numbers; its gradient by them goes back in one read and one write. What a token's loss holds beside the objective, and
+the reduction, are those of the other losses. Nothing here knows where the logprobs come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .keywords import LOSSES, NEUTRAL, defaults
+from .objectives import OBJECTIVES, Objective, constant, log_ratio
+from .outputs import Call, Outputs
+from .problem import Column, PolicyTerms, Reduction, Sequences
+from .sequences import segment_expand, segment_mean
+from .terms import asked, kl, times
+
+Columns = Mapping[str, Column | None]  # by name; None: a limit that is not in use
+
+
+class Read(Protocol):
+    def __call__(self, target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """(logprobs of the targets, entropy if asked for); 0 where a target is ignored."""
+
+
+class Tokens(NamedTuple):
+    """What an objective may look at beside the logprobs."""
+
+    target_tokens: Tensor
+    active: Tensor
+    columns: Columns
+    sequences: Sequences
+    ignore_index: int
+
+    def column(self, name: str, logp: Tensor) -> Tensor:
+        value = self.columns.get(name)
+        value = math.inf if value is None else value
+        return constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
+
+    def of(self, objective: Objective, logp: Tensor) -> list[Tensor]:
+        return [self.column(name, logp) for name in objective.columns]
+
+    def in_ratio(self) -> Tensor:
+        """The tokens that a sequence's ratio is made of."""
+        mask = self.sequences.sequence_ratio_mask
+        return self.active if mask is None else (mask != 0) & (self.target_tokens != self.ignore_index)
+
+
+PerToken = Callable[[Tensor, Tokens], Tensor]  # logp -> the loss of each token, or one 0-d loss
+
+
+# ---- The objectives ----
+
+
+def gspo(logp: Tensor, tokens: Tokens) -> Tensor:
+    return _of_sequence_ratio(OBJECTIVES["ppo"], logp, tokens)
+
+
+def sapo(logp: Tensor, tokens: Tokens) -> Tensor:
+    return _of_sequence_ratio(OBJECTIVES["sapo"], logp, tokens)
+
+
+def _of_sequence_ratio(objective: Objective, logp: Tensor, tokens: Tokens) -> Tensor:
+    """A token's objective, of its sequence's log ratio: as if that were logp, and old_logprobs 0."""
+    _, *rest = tokens.of(objective, logp)
+    return objective.formula(sequence_log_ratio(logp, tokens), torch.zeros_like(logp), *rest)[0]
+
+
+def sequence_log_ratio(logp: Tensor, tokens: Tokens) -> Tensor:
+    """log of the ratio of a token's sequence, with the gradient that ``ratio_gradient`` asks for.
+
+    Not clamped: ``log_ratio_clamp`` clamps what the objective gets, the sequence's log ratio.
+    """
+    cu_seqlens, through_mean = tokens.sequences.cu_seqlens, tokens.sequences.ratio_gradient == "sequence"
+    difference = (logp if through_mean else logp.detach()) - tokens.column("old_logprobs", logp)
+    mean = segment_expand(segment_mean(difference, tokens.in_ratio(), cu_seqlens), logp, cu_seqlens)
+    if through_mean:
+        return mean
+    here = logp.masked_fill(logp == -torch.inf, 0.0)  # inf - inf
+    return mean + (here - here.detach())
+
+
+def gmpo(logp: Tensor, tokens: Tokens) -> Tensor:
+    cu_seqlens = tokens.sequences.cu_seqlens
+    old_logprobs, advantages, low, high, clamp = tokens.of(OBJECTIVES["cispo"], logp)
+    clamped, _ = log_ratio(logp, old_logprobs, clamp)
+    too_high = (advantages > 0) & (clamped > high.log())
+    too_low = (advantages < 0) & (clamped < low.log())
+    clamped = torch.where(too_high, high.log(), torch.where(too_low, low.log(), clamped))
+    mean = segment_mean(clamped, tokens.in_ratio(), cu_seqlens)
+    # advantage 0: whatever the ratio is
+    ratio = torch.exp(segment_expand(mean, logp, cu_seqlens).masked_fill(advantages == 0, 0.0))
+    return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
+
+
+def of_function(function: Callable[..., Any], inputs: tuple[Any, ...]) -> PerToken:
+    """A user's function of the logprobs and of ``inputs`` as they are."""
+
+    def objective(logp: Tensor, tokens: Tokens) -> Tensor:
+        loss = function(logp, *inputs)
+        if not isinstance(loss, Tensor) or loss.shape not in (logp.shape, ()):
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"objective must return a tensor of shape {tuple(logp.shape)} or (), got {got}")
+        return loss
+
+    return objective
+
+
+def of_objective(objective: Objective) -> PerToken:
+    return lambda logp, tokens: objective.formula(logp, *tokens.of(objective, logp))[0]
+
+
+def named(
+    objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any, ...], terms: PolicyTerms
+) -> tuple[Objective | None, dict[str, Any]]:
+    """(the objective, None for a function; its columns by name, ``log_ratio_clamp`` left to the terms)"""
+    given: dict[str, Any] = {}
+    if isinstance(objective, str):
+        names = tuple(name for name, ours in OBJECTIVES.items() if ours.columns)
+        if objective not in names:
+            raise ValueError(f"objective must be a function, an Objective or one of {names}, got {objective!r}")
+        given = {key: value for key, value in defaults(objective).items() if key in OBJECTIVES[objective].columns}
+        objective = OBJECTIVES[objective]
+    elif isinstance(objective, Objective):
+        if OBJECTIVES.get(objective.name, objective) != objective:
+            raise ValueError(f"objective: {objective.name!r} is one of ours; choose another name")
+        taken = sorted((set(LOSSES["policy_loss"].keywords) - {"log_ratio_clamp"}).intersection(objective.columns))
+        if taken:
+            raise ValueError(f"objective: its inputs can't be called {taken}, which are arguments of policy_loss")
+    elif callable(objective):
+        # a function's first input is what KL is weighted by
+        return None, {"old_logprobs": inputs[0]} if inputs and terms.kl_weighted_by_ratio else {}
+    else:
+        raise TypeError(f"objective must be a function, an Objective or a name, got {type(objective).__name__}")
+
+    name, columns = objective.name, objective.columns
+    if len(inputs) > len(columns):
+        raise ValueError(f"{name} takes the inputs {columns}, got {len(inputs)} inputs")
+    given = dict.fromkeys(objective.limits) | given | dict(zip(columns, inputs, strict=False))
+    missing = [key for key in columns if key not in given]
+    if missing:
+        raise ValueError(f"{name} takes the inputs {columns}, got none for {missing}")
+    if terms.kl_weighted_by_ratio and columns[:1] != ("old_logprobs",):
+        raise ValueError(f"kl_weighted_by_ratio needs old_logprobs as the first input, {name} has {columns}")
+    return objective, given
+
+
+# ---- The composition ----
+
+
+def composed(
+    read: Read,
+    objective: PerToken,
+    target_tokens: Tensor,
+    columns: Columns,
+    sequences: Sequences,
+    terms: PolicyTerms,
+    reduction: Reduction,
+    *,
+    sequence_ratio: bool,
+    return_outputs: bool,
+    derivatives_by_hand: bool,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """The loss, from the logprobs and the entropy that ``read`` gives.
+
+    columns: the objective's. sequence_ratio: whether the loss's ratio is that of a token's sequence.
+    derivatives_by_hand: of the KL, as the kernels have them; else those of autograd, for the reference.
+    """
+    wanted = asked(terms)
+    if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
+        raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
+    active = target_tokens != reduction.ignore_index
+    if reduction.weights is not None:
+        active = active & (reduction.weights != 0)
+    tokens = Tokens(target_tokens, active, columns, sequences, reduction.ignore_index)
+    seen = active | tokens.in_ratio()
+    asked_tokens = target_tokens if return_outputs else target_tokens.masked_fill(~seen, reduction.ignore_index)
+    logp, entropy = read(asked_tokens, wanted.entropy)
+
+    # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
+    def masked(name: str, value: Column | None) -> Tensor | None:
+        if value is None:
+            return None
+        where = seen if name == "old_logprobs" else active
+        column = constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
+        return column.masked_fill(~where, NEUTRAL.get(name, 0.0))
+
+    tokens = tokens._replace(columns={name: masked(name, value) for name, value in columns.items()})
+    terms = terms._replace(
+        **{name: masked(name, getattr(terms, name)) for name in _OF_TERMS if getattr(terms, name) is not None}
+    )
+    value = objective(torch.where(seen, logp, 0.0), tokens)
+    whole_batch = value.dim() == 0 and logp.dim() > 0
+    if whole_batch and reduction.reduction == "none":
+        raise ValueError('reduction="none" needs an objective per token, got one that returns a 0-d loss')
+    if whole_batch and terms.importance_weights is not None:
+        raise ValueError("importance_weights need an objective per token, got one that returns a 0-d loss")
+    per_token = torch.zeros_like(logp)
+    if not whole_batch:
+        per_token = times(1.0 if terms.importance_weights is None else terms.importance_weights, value)
+    if entropy is not None:
+        per_token = per_token - times(terms.entropy_coef, torch.where(active, entropy, 0.0))
+    if wanted.kl:
+        x = torch.where(active, logp, 0.0)
+        log_r = None
+        if terms.kl_weighted_by_ratio:
+            if sequence_ratio:
+                log_r = sequence_log_ratio(torch.where(seen, logp, 0.0), tokens)
+            else:
+                log_r = x - tokens.column("old_logprobs", x)
+        through_mean = sequence_ratio and sequences.ratio_gradient == "sequence"
+        per_token = per_token + _penalty(x, log_r, through_mean, terms, derivatives_by_hand)
+    weights = masked("weights", 1.0 if reduction.weights is None else reduction.weights)
+    assert weights is not None
+    loss = reduced(torch.where(active, weights * per_token, 0.0), weights, reduction)
+    if whole_batch:
+        loss = loss + value
+    if not return_outputs:
+        return loss
+    of_sequence = sequence_log_ratio(torch.where(seen, logp.detach(), 0.0), tokens) if sequence_ratio else None
+    call = Call(target_tokens, reduction, columns, of_sequence)
+    return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
+
+
+class WithDerivative(torch.autograd.Function):
+    """apply(x, value, derivative) -> value, whose derivative by x is given and not that of how it was made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, derivative: Tensor) -> Tensor:
+        ctx.save_for_backward(derivative)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (derivative,) = ctx.saved_tensors
+        return torch.where(upstream == 0, 0.0, upstream * derivative), None, None
+
+
+def _penalty(x: Tensor, log_r: Tensor | None, through_mean: bool, terms: PolicyTerms, by_hand: bool) -> Tensor:
+    """kl_coef * KL per token, times the ratio if ``log_r`` is given. by_hand: with derivatives formed by hand, as the
+    kernels have them; else with those of autograd, for the reference."""
+    coefficient = terms.kl_coef
+    assert terms.ref_logprobs is not None
+    value, slope, both = kl(x, terms.ref_logprobs, terms.kl_type)
+    flows = None
+    if log_r is not None:
+        clamp = constant(math.inf if terms.log_ratio_clamp is None else terms.log_ratio_clamp, x)
+        clamped, flows = log_ratio(log_r, torch.zeros_like(x), clamp)
+        # where the coefficient is 0 the term is out, and an infinite ratio's derivative with it
+        ratio = torch.exp(clamped.masked_fill(constant(coefficient, x) == 0, 0.0))
+        value = times(ratio, value)
+        slope = times(ratio, slope if through_mean else torch.where(flows, both, slope))
+    value = times(coefficient, value)
+    if not by_hand:
+        return value
+    value, slope = value.detach(), times(coefficient, slope).detach()
+    penalty = WithDerivative.apply(x, value, slope)
+    if log_r is not None and flows is not None and through_mean:
+        penalty = penalty + WithDerivative.apply(log_r, torch.zeros_like(value), value.where(flows, 0.0))
+    return penalty
+
+
+def reduced(losses: Tensor, weights: Tensor, reduction: Reduction) -> Tensor:
+    """``weights`` are 0 for inactive tokens; the losses are multiplied by them."""
+    if reduction.reduction == "none":
+        return losses
+    total = losses.sum()
+    denominator = reduction.denominator
+    if denominator is None:
+        denominator = weights.sum() if reduction.reduction == "mean" else 1.0
+    divisor = constant(denominator, total).detach().to(total.dtype)
+    nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
+    return total / divisor.masked_fill(nothing, 1.0)
+
+
+_OF_TERMS = ("log_ratio_clamp", "importance_weights", "entropy_coef", "ref_logprobs", "kl_coef")

@@ -1,0 +1,77 @@
+"""Logits that exist, as a source: the stages straight from a backend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import Backend, resolve
+from .backends.rows import rows
+from .problem import BackendName, Coefficients, Problem, Stats, Targets, Transform
+from .stages import Seen
+
+
+class Logits(NamedTuple):
+    """A :class:`stages.Source`; ``inputs`` are (logits,)."""
+
+    backend: BackendName
+    inplace: bool = False
+    validate: bool = False
+
+    def normaliser(self, problem: Problem) -> Tensor:
+        return resolve(self.backend, problem.targets.tokens.device).normaliser(problem)
+
+    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        (logits,) = inputs
+        backend = self._ready(logits, problem)
+        if self.inplace:
+            gradient = logits.detach()
+            loss, logprobs = backend.loss_and_grad(gradient, problem, gradient)
+            # kernels leave the version as it was: whoever saved these logits must find out
+            torch.autograd.graph.increment_version(gradient)
+        else:
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            loss, logprobs = backend.loss_and_grad(_walkable(logits), problem, gradient)
+        return loss, logprobs, (gradient,)
+
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen:
+        (logits,) = inputs
+        backend = self._ready(logits, problem)
+        stats = backend.stats(_walkable(logits), problem)
+        return Seen(*backend.objective(stats, problem, reduce), stats)
+
+    def grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Tensor,
+    ) -> tuple[Tensor, ...]:
+        (logits,) = inputs
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        backend = resolve(self.backend, logits.device)
+        backend.grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
+        return (gradient,)
+
+    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+        (gradient,) = gradients
+        resolve(self.backend, gradient.device).scale(gradient, upstream)
+
+    def _ready(self, logits: Tensor, problem: Problem) -> Backend:
+        """The backend, once the values it must not meet have been looked for, where that is free or asked for."""
+        if self.validate or logits.is_cpu:
+            checks.targets_in_range(problem.targets.tokens, problem.vocab, problem.targets.ignore_index)
+        if self.validate:
+            inputs = zip(problem.objective.columns, problem.inputs, strict=True)
+            checks.values_in_range({"temperature": problem.transform.temperature, **dict(inputs)})
+        return resolve(self.backend, logits.device)
+
+
+def _walkable(logits: Tensor) -> Tensor:
+    """The logits, copied if a kernel could not walk their rows (strided vocabulary, three or more strides)."""
+    return logits if rows(logits) is not None else logits.contiguous()

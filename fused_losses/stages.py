@@ -1,0 +1,183 @@
+"""The ways of joining the stages under autograd, for any source of logits.
+
+One pass: forward makes the gradient for an upstream gradient of 1, and backward scales it. Two phase: forward keeps the
+source's tensors and a few numbers per token, backward makes the gradient for whatever comes from upstream.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .problem import Coefficients, Problem, Stats, Targets, Transform
+
+
+class Seen(NamedTuple):
+    """What a forward without gradient gives."""
+
+    loss: Tensor
+    logprobs: Tensor
+    coefficients: Coefficients
+    stats: Stats
+
+
+class Source(Protocol):
+    """Where logits come from. A source holds no tensor: ``inputs`` are those that it makes the logits of, and that get
+    a gradient; autograd has to see them on their own."""
+
+    def normaliser(self, problem: Problem) -> Tensor:
+        """What a mean divides by."""
+
+    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """(loss, logprobs, a gradient for each input)"""
+
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen: ...
+
+    def grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """A gradient for each input. upstream: (N,) float32."""
+
+    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+        """Multiply finished gradients by a 0-d float32."""
+
+
+def run(
+    source: Source, inputs: tuple[Tensor, ...], problem: Problem, *, reduce: bool, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """(loss, logprobs): in one pass, in two phases, or forward only where nobody wants a gradient."""
+    if not wants_gradient(inputs):
+        seen = source.forward(inputs, problem, reduce)
+        return seen.loss, seen.logprobs
+    if recompute or not reduce:
+        return TwoPhase.apply(source, problem, reduce, *inputs)
+    return OnePass.apply(source, problem, *inputs)
+
+
+def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+
+
+class OnePass(torch.autograd.Function):
+    """apply(source, problem, *inputs) -> (loss, logprobs)"""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
+        # Attributes, not save_for_backward: they have to be gone after the first backward, retain_graph or not, as
+        # scaling them a second time would be silently wrong.
+        ctx.gradients, ctx.source = gradients, source
+        ctx.versions = _versions(gradients)
+        ctx.mark_non_differentiable(logprobs)
+        ctx.set_materialize_grads(False)
+        return loss, logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "a second backward through a one-pass fused loss: the first one consumed its gradient. "
+                "Pass recompute=True to the loss to run backward more than once."
+            )
+        if _versions(gradients) != ctx.versions:
+            raise RuntimeError(
+                "the logits of a fused loss with inplace=True hold its gradient until backward, and have been modified "
+                "by an inplace operation (another loss with inplace=True is one). Pass inplace=False, or a copy."
+            )
+        if upstream is None:
+            return None, None, *(None for _ in gradients)
+        ctx.source.scale(gradients, upstream if upstream.dtype is torch.float32 else upstream.float())
+        return None, None, *gradients
+
+
+class TwoPhase(torch.autograd.Function):
+    """apply(source, problem, reduce, *inputs) -> (loss, logprobs)"""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, problem: Problem, reduce: bool, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        seen = source.forward(inputs, problem, reduce)
+        _keep(ctx, source, problem, inputs, seen)
+        ctx.mark_non_differentiable(seen.logprobs)
+        ctx.set_materialize_grads(False)
+        return seen.loss, seen.logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, *(None for _ in range(ctx.inputs))
+        kept = _kept(ctx)
+        n = kept.targets.tokens.shape[0]
+        return None, None, None, *kept.gradient(kept.coefficients, upstream.to(torch.float32).expand(n))
+
+
+class LogprobsAndEntropy(torch.autograd.Function):
+    """apply(source, problem, *inputs) -> (logprobs, entropy), two phase, either with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        seen = source.forward(inputs, problem, False)
+        _keep(ctx, source, problem, inputs, seen)
+        ctx.set_materialize_grads(False)
+        logprobs, entropy = seen.logprobs.unbind()
+        return logprobs.clone(), entropy.clone()  # not views of one tensor: either may be modified
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept = _kept(ctx)
+        own = kept.coefficients.table[0]
+        zero = torch.zeros_like(own)
+        by_logprob, by_entropy = (zero if u is None else u.float() for u in upstream)
+        given = torch.stack((by_logprob, by_entropy, zero, zero))
+        # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
+        given = torch.where(own == 0, 0.0, given * own)
+        return None, None, *kept.gradient(Coefficients(given), torch.ones_like(zero))
+
+
+class _Kept(NamedTuple):
+    """What backward in two phases works on."""
+
+    source: Source
+    inputs: tuple[Tensor, ...]
+    targets: Targets
+    transform: Transform
+    stats: Stats
+    coefficients: Coefficients
+
+    def gradient(self, coefficients: Coefficients, upstream: Tensor) -> tuple[Tensor, ...]:
+        return self.source.grad(self.inputs, self.targets, self.transform, self.stats, coefficients, upstream)
+
+
+def _keep(ctx: Any, source: Source, problem: Problem, inputs: tuple[Tensor, ...], seen: Seen) -> None:
+    targets, transform = problem.targets, problem.transform
+    temperature = transform.temperature if isinstance(transform.temperature, Tensor) else None
+    tensors = (targets.tokens, targets.shares, temperature, seen.stats.table, seen.coefficients.table)
+    ctx.save_for_backward(*tensors, *inputs)
+    ctx.source, ctx.inputs = source, len(inputs)
+    ctx.ignore_index = targets.ignore_index
+    ctx.transform = transform if temperature is None else transform._replace(temperature=1.0)
+
+
+def _kept(ctx: Any) -> _Kept:
+    # once: under activation checkpointing and offloading each access makes the tensors again
+    tokens, shares, temperature, stats, coefficients, *inputs = ctx.saved_tensors
+    transform = ctx.transform if temperature is None else ctx.transform._replace(temperature=temperature)
+    targets = Targets(tokens, ctx.ignore_index, shares)
+    return _Kept(ctx.source, tuple(inputs), targets, transform, Stats(stats), Coefficients(coefficients))
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> list[int] | None:
+    # a graph that is being traced has its own order of what modifies a tensor
+    return None if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]

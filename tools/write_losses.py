@@ -1,0 +1,139 @@
+"""Write fused_losses/losses.py from fused_losses/keywords.py.
+
+    python tools/write_losses.py            writes it
+    python tools/write_losses.py --check    fails if it is not what would be written
+
+Signatures and docstrings are whole in the written file, so that editors and type checkers, which run nothing, see them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "fused_losses"
+sys.path.insert(0, str(PACKAGE))  # not the package: its losses.py may be missing or broken
+
+from keywords import KEYWORDS, LOSSES, Loss, docstring, signature  # noqa: E402
+
+COMMAND = "python tools/write_losses.py"
+HEAD = f'''# Written by tools/write_losses.py from fused_losses/keywords.py. Change that, then run: {COMMAND}
+"""The public losses.
+
+Each is three stages: statistics of the vocabulary per token, a small objective per token, the gradient of the logits
+from both. Only the objective differs, so each function below only names it, and groups its arguments into the records
+of problem.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from . import call
+from .objectives import Objective
+from .outputs import Outputs
+from .problem import (
+    BackendName,
+    How,
+    KlType,
+    PolicyTerms,
+    RatioGradient,
+    Reduction,
+    ReductionName,
+    Sequences,
+    Transform,
+)
+'''
+GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
+WIDTH = 120
+
+
+def function(loss: Loss) -> str:
+    """Overloads for a flag that is False, True or not known, on which it depends whether the result is a pair; body."""
+    pair = f"tuple[Tensor, {loss.second}]"
+    documented = textwrap.indent(f'"""{docstring(loss.name)}\n"""', "    ")
+    called = block(f"call.{loss.call}(", arguments(loss), ")", 4)
+    return f"""@overload
+{head(loss, "Literal[False]", default=True)} -> Tensor: ...
+@overload
+{head(loss, "Literal[True]")} -> {pair}: ...
+@overload
+{head(loss, "bool")} -> Tensor | {pair}: ...
+{head(loss, "bool", default=True)} -> Tensor | {pair}:
+{documented}
+    return {called}
+"""
+
+
+def head(loss: Loss, flag: str, default: bool = False) -> str:
+    """``def name(...)``, the flag being of that type and, unless ``default``, to be given."""
+    parameters = [
+        p if p.name != loss.flag else p.replace(annotation=flag, default=p.default if default else p.empty)
+        for p in signature(loss.name).parameters.values()
+    ]
+    kinds = [p.kind for p in parameters]
+    lines = [parameter(p) for p in parameters]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        lines.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    return "\n".join((f"def {loss.name}(", *(f"    {line}," for line in lines), ")"))
+
+
+def parameter(p: inspect.Parameter) -> str:
+    star = "*" if p.kind is p.VAR_POSITIONAL else ""
+    default = "" if p.default is p.empty else f" = {literal(p.default)}"
+    annotation = p.annotation.replace("'", '"')
+    return f"{star}{p.name}: {annotation}{default}"
+
+
+def literal(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def arguments(loss: Loss) -> list[str]:
+    """Of the call in the body."""
+    if loss.call == "logprobs":  # of no loss: it has no more of Reduction and How than these two
+        return ["logits", "target_tokens", record("Transform", loss), "ignore_index", "backend", "return_entropy"]
+    given = [f'"{loss.name}"'] if loss.call == "policy" else []
+    inputs = [f'"{name}": {name}' for name in members("inputs", loss)]
+    for name in loss.keywords:
+        if KEYWORDS[name].group == "":
+            given.append(name)
+        elif inputs and name == members("inputs", loss)[0]:
+            given.append(block("{", inputs, "}", 8))
+    return given + [record(group, loss) for group in GROUPS if members(group, loss)]
+
+
+def members(group: str, loss: Loss) -> list[str]:
+    return [name for name in loss.keywords if KEYWORDS[name].group == group]
+
+
+def record(group: str, loss: Loss) -> str:
+    return block(f"{group}(", [f"{name}={name}" for name in members(group, loss)], ")", 8)
+
+
+def block(opening: str, items: list[str], closing: str, indent: int) -> str:
+    """In one line if it fits; laid out as ruff does."""
+    line = f"{opening}{', '.join(items)}{closing}"
+    if "\n" not in line and indent + len(line) < WIDTH:
+        return line
+    return "".join((f"{opening}\n", *(f"{' ' * (indent + 4)}{item},\n" for item in items), " " * indent, closing))
+
+
+def main() -> int:
+    path = PACKAGE / "losses.py"
+    text = "\n\n".join((HEAD, *map(function, LOSSES.values())))
+    if "--check" not in sys.argv:
+        path.write_text(text)
+    elif not path.exists() or path.read_text() != text:
+        print(f"{path} is not what fused_losses/keywords.py says. Run: {COMMAND}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
