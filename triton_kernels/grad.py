@@ -103,9 +103,8 @@ def grad(
             if PLAN.ragged:
                 if start == 0:
                     side, exists = ragged_columns(head, body, vocab)
-                    y = squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)
-                    value = dense_gradient(y, top, scale, dense, ROW)
-                    tl.store(grad + grad_offset + side, value, mask=exists)
+                    side_y = squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)
+                    tl.store(grad + grad_offset + side, dense_gradient(side_y, top, scale, dense, ROW), mask=exists)
                 in_body = (target >= head) & (target < head + body)
                 owner = tl.where(in_body, owner, start == 0) != 0  # where of flags is no flag in the interpreter
             stored = owner & valid
