@@ -101,9 +101,13 @@ struct RowSeen {
     float spread;  // lse - zbar
 };
 
-// top: z(maximum). drift: sum_j z_j - top over all elements. vocab: the number of classes.
-FL_HD RowSeen row_seen(const Softmax& softmax, float logp, float whole, float top, float drift, int64_t vocab) {
-    return {logp, whole, top + softmax.lead + softmax.log_total, softmax.entropy(),
+// z_maximum: z(maximum). z_target: of the single target, which is z_max where it leads; the sum of z_maximum and lead
+// would lose it over others that are masked by -FLT_MAX. drift: sum_j z_j - z_maximum over all elements. vocab: the
+// number of classes.
+FL_HD RowSeen row_seen(const Softmax& softmax, float logp, float whole, float z_maximum, float z_target, float drift,
+                       int64_t vocab) {
+    const float z_max = softmax.lead > 0.f ? z_target : z_maximum;
+    return {logp, whole, z_max + softmax.log_total, softmax.entropy(),
             softmax.log_total + softmax.lead - drift / static_cast<float>(vocab)};
 }
 
