@@ -78,6 +78,18 @@ def accumulate(peak, maximum, sum, moment, drift, count, x, inside, scale, inver
 
 
 @triton.jit
+def in_full_tiles(full, hole, ROW: tl.constexpr, PLAN: tl.constexpr):
+    """How many elements of each lane the full tiles have, without the hole. Counted anew wherever it is needed: a
+    register per lane, kept over a sweep, would spill."""
+    LANES: tl.constexpr = PLAN.lanes
+    count = tl.zeros([LANES], tl.int32) + full * PLAN.depth
+    if ROW.single:
+        with_hole = tl.arange(0, LANES) // VECTOR == hole % LANES // VECTOR
+        count -= (with_hole & (hole < full * PLAN.depth * LANES)).to(tl.int32)
+    return count
+
+
+@triton.jit
 def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.constexpr, PLAN: tl.constexpr):
     """The sums over a row's body, the hole left out. Full tiles go unmasked, so that with the hole waits for the end,
     where the tile that is not full is masked, too. No barrier until then."""
@@ -101,17 +113,22 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
         peak, maximum, sum, moment, drift = accumulate(
             peak, maximum, sum, moment, drift, i * PLAN.depth, x, None, scale, inverse_cap, ROW
         )
-    count = tl.zeros([LANES], tl.int32) + unmasked * PLAN.depth
     masked = waits.to(tl.int32) + (full * TILE < length).to(tl.int32)
     for i in range(0, masked):
-        start = tl.where(waits & (i == 0), with_hole, full) * TILE
+        first = waits & (i == 0)
+        start = tl.where(first, with_hole, full) * TILE
         inside = tile_mask(columns, start, length, hole, ROW)
+        count = 0
+        if ROW.smoothed:
+            count = tl.where(first, unmasked * PLAN.depth, in_full_tiles(full, hole, ROW, PLAN))
         x = load_tile(body + start + columns, inside, EVICT)
         peak, maximum, sum, moment, drift = accumulate(
             peak, maximum, sum, moment, drift, count, x, inside, scale, inverse_cap, ROW
         )
-        if ROW.smoothed:
-            count += tl.sum(inside.to(tl.int32), 0)
+    count = 0
+    if ROW.smoothed:
+        rest = tile_mask(columns, full * TILE, length, hole, ROW)
+        count = in_full_tiles(full, hole, ROW, PLAN) + tl.sum(rest.to(tl.int32), 0)
     top = tl.max(maximum, 0)
     sum, moment, drift = rebase(sum, moment, drift, count, (maximum - top) * scale, ROW)
     return Sums(tl.max(peak, 0), top, tl.sum(sum, 0), tl.sum(moment, 0), tl.sum(drift, 0))
