@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .backends import NAMES
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
-from .problem import Column
+from .problem import BackendName, Column
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -190,7 +190,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
     return value.detach().to(torch.float32)
 
 
-def backend(name: str) -> str:
+def backend(name: BackendName) -> BackendName:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
     return name

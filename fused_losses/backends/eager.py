@@ -105,8 +105,14 @@ class Eager:
                 x = (shares * logp).where(shares != 0, 0.0).sum(0)
                 whole = shares.sum(0)
             seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
-            columns = {name: constant(getattr(terms, name), like) for name in _COLUMNS}
-            losses, *by, s = row_loss(objective.formula, seen, inputs, terms._replace(**columns))
+            terms = terms._replace(
+                importance_weights=constant(terms.importance_weights, like),
+                ref_logprobs=constant(terms.ref_logprobs, like),
+                kl_coef=constant(terms.kl_coef, like),
+                entropy_coef=constant(terms.entropy_coef, like),
+                log_ratio_clamp=constant(terms.log_ratio_clamp, like),
+            )
+            losses, *by, s = row_loss(objective.formula, seen, inputs, terms)
             derivatives = torch.stack([d.expand_as(like) for d in (*by, s / problem.vocab)])
             derivatives = torch.where(torch.isnan(x), torch.nan, derivatives)
         losses = (weights * losses).where(active, 0.0)
@@ -165,8 +171,6 @@ class Eager:
 
 
 BACKEND = Eager()
-
-_COLUMNS = ("importance_weights", "ref_logprobs", "kl_coef", "entropy_coef", "log_ratio_clamp")
 
 
 def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bool) -> Softmax:
