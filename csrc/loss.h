@@ -29,6 +29,12 @@ struct Softmax {
     FL_HD float logprob() const { return behind - log_total; }
 };
 
+// z_logit - M, finite where the logit is: an M of -FLT_MAX is a mask, and a temperature below 1 must not make the way
+// there infinite.
+FL_HD float finite_distance(float distance, float logit) {
+    return distance == INFINITY && logit < INFINITY ? 3.402823466e+38f : distance;
+}
+
 // distance: z_t - M. sum, moment: of the others, relative to M. NaN in either, and a target of +inf, come out as NaN.
 FL_HD Softmax softmax_of(float distance, float sum, float moment) {
     Softmax out;

@@ -57,7 +57,7 @@ class PlainRow {
     }
 
   private:
-    Softmax softmax() const { return softmax_of((logit_ - maximum_) * unit_, sum_, 0.f); }
+    Softmax softmax() const { return softmax_of(finite_distance((logit_ - maximum_) * unit_, logit_), sum_, 0.f); }
 
     int64_t row_, target_;
     float unit_;  // 1 / temperature
