@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from records import Record, distinct, where
@@ -43,6 +44,11 @@ def in_order(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return mode == "floor", list(MODES).index(mode) if contender == "fused" else len(MODES)
 
     return sorted(rows, key=key)
+
+
+def by_number(architectures: Iterable[str]) -> list[str]:
+    """sm_80 before sm_100"""
+    return sorted(set(architectures), key=lambda a: int(re.sub(r"\D", "", a)))
 
 
 def number(value: float) -> str:

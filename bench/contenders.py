@@ -88,25 +88,24 @@ def fused(problem: Problem, mode: str, backend: str, terms: str | None = None) -
 
 def kernels_of(call: Callable[[], Result], backend: str, device: torch.device) -> Callable[[], Result]:
     """What ``call`` hands to the backend's one-pass kernels, to be run again without the interface around them."""
-    module = backends.resolve(backend, device)
-    seen: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+    seen: dict[str, Callable[[], Any]] = {}
 
-    def recorder(function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorder(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            seen.append((function, args, kwargs))
+            seen[stage] = partial(function, *args, **kwargs)
             return function(*args, **kwargs)
 
         return record
 
-    with (
-        mock.patch.object(module, "loss_and_grad", recorder(module.loss_and_grad)),
-        mock.patch.object(module, "scale", recorder(module.scale)),
-    ):
+    resolved = backends.resolve(backend, device)
+    stages = ("normaliser", "loss_and_grad", "scale")
+    recorders: dict[str, Any] = {stage: recorder(stage, getattr(resolved, stage)) for stage in stages}
+    with mock.patch.multiple(resolved, **recorders):
         gradient = call()[1]  # the buffer that the recorded arguments name
 
     def again() -> Result:
-        results = [function(*args, **kwargs) for function, args, kwargs in seen]
-        return results[0][0], gradient
+        results = {stage: kernel() for stage, kernel in seen.items()}
+        return results["loss_and_grad"][0], gradient
 
     return again
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,8 @@ class Opponent:
 
 def _guarded(loss: str) -> Callable[..., Tensor]:
     objective = OBJECTIVES[loss]
-    return lambda x, *inputs: objective.formula(x, *(torch.as_tensor(i) for i in objective.padded(inputs)))[0]
+    limits = [math.inf] * len(objective.limits)
+    return lambda x, *inputs: objective.formula(x, *(torch.as_tensor(i) for i in (*inputs, *limits)))[0]
 
 
 def eager(problem: Problem, mode: str) -> LossOfLogits | None:

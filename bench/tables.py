@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from cells import (
     MODES,
     ROW,
+    by_number,
     cell,
     conditions_line,
     error,
@@ -218,7 +218,7 @@ def machine_code(files: list[Path]) -> str:
         return markdown(["CUDA kernels", ""], [["any architecture", NOT_MEASURED]])
     newest = max(map(read, files), key=lambda records: records[0]["date"])
     one_pass = [r for r in newest if r["kernel"].endswith("loss_and_grad_kernel")]
-    architectures = sorted({r["architecture"] for r in one_pass}, key=lambda a: int(re.sub(r"\D", "", a)))
+    architectures = by_number(r["architecture"] for r in one_pass)
 
     def per_element(transform: str, dtype: str, architecture: str) -> str:
         (r,) = where(one_pass, transform=transform, dtype=dtype, architecture=architecture)

@@ -1,6 +1,8 @@
 // The maths of one token, between what its row shows and what goes back: host and device code of all C++ backends.
 #pragma once
 
+#include <float.h>
+
 #include "problem.h"
 
 namespace fused_losses {
@@ -29,10 +31,11 @@ struct Softmax {
     FL_HD float logprob() const { return behind - log_total; }
 };
 
-// z_logit - M, finite where the logit is: an M of -FLT_MAX is a mask, and a temperature below 1 must not make the way
-// there infinite.
-FL_HD float finite_distance(float distance, float logit) {
-    return distance == INFINITY && logit < INFINITY ? 3.402823466e+38f : distance;
+// z_t - z(maximum), from logits or levels. What overflows of finite numbers, as over others that are masked by
+// -FLT_MAX, is as good as the largest number; a target of +inf is not, and makes its row NaN.
+FL_HD float target_distance(float target, float maximum, float scale) {
+    const float distance = (target - maximum) * scale;
+    return distance == INFINITY && target != INFINITY ? FLT_MAX : distance;
 }
 
 // distance: z_t - M. sum, moment: of the others, relative to M. NaN in either, and a target of +inf, come out as NaN.

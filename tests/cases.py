@@ -237,6 +237,18 @@ def assert_rounded_once(case: Case, backend: str, **keywords: Any) -> None:
     assert off < 0.02, f"{off:.1%} of the elements are not the truth rounded to nearest"
 
 
+def assert_sure_target(case: Case, backend: str) -> None:
+    """Loss and gradient of targets that lead by 20, of which 1 minus a float32 p is 0."""
+    targets = case.target_tokens.clamp(min=0)[:, None]
+    sure = replace(case, storage=torch.zeros_like(case.storage).scatter(1, targets, 20.0))
+    got = run(sure.public(backend), sure, reduction="none")
+    others = (case.storage.shape[1] - 1) * math.exp(-20.0)
+    active = case.target_tokens >= 0
+    loss, gradient = got.loss[active], got.gradient.gather(1, targets)[active]
+    torch.testing.assert_close(loss, torch.full_like(loss, others), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -others / (1 + others)), rtol=1e-5, atol=0)
+
+
 def _errors(actual: Tensor, eager: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """The errors of both, 0 where the truth is not finite: there ``actual`` has to be the same."""
     special = ~torch.isfinite(truth)

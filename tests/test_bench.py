@@ -120,6 +120,49 @@ def test_plots_are_drawn(records: list[dict], bench: SimpleNamespace, tmp_path: 
     assert (tmp_path / "plots" / "cpu.png").stat().st_size > 10_000
 
 
+def test_two_commits_side_by_side(
+    records: list[dict], bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a measurement the last counts; what one side has alone is left out; a kernel's old name is known."""
+    (tmp_path / "machine_code").mkdir()
+    (tmp_path / "suite").mkdir()
+    kernel = {"architecture": "sm_80", "dtype": "float", "transform": "Softcap"}
+    for commit, slower in (("aaaaaaaaaa", 1), ("bbbbbbbbbb", 3)):
+
+        def write(name: str, lines: list[dict], commit: str = commit) -> None:
+            text = "".join(json.dumps({"date": "2026-01-01", **line, "commit": commit}) + "\n" for line in lines)
+            (tmp_path / name / f"{commit}.jsonl").write_text(text)
+
+        timed = [{**r, "median_ms": slower * (i + 1), "ratio_to_mul": slower} for i, r in enumerate(records)]
+        one = next(r for r in timed if r["contender"] == "fused")
+        write(".", [{**one, "median_ms": 1e9}, *timed, {**one, "case": f"alone {commit}"}])
+        name = "terms_stats_kernel" if slower == 1 else "stats_kernel"
+        write("machine_code", [{**kernel, "kernel": name, "instructions_per_element": {"sum": 10.0 * slower}}])
+        write("suite", [{"seconds": 100 * slower, "workers": 2, "counts": {"passed": 7}}])
+
+    assert bench.compare.main(["aaaa", "bbbbbbbbbbcc", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    fused = [r for r in records if r["contender"].startswith("fused") and r["group"] != "overhead"]
+    assert text.count(" | 3.00 | ") == len(fused) and "1000000000" not in text and "alone" not in text
+    assert " | 1.00, 3.00 |" in text and " us | " in text
+    assert "| stats_kernel | Softcap | float | sum | 10.00 → 30.00 |" in text
+    assert "| before | 100 s | 2 | 7 passed |\n| after | 300 s | 2 | 7 passed |" in text
+    assert bench.compare.main(["aaaa", "cccc", "--results", str(tmp_path)]) == 1
+
+
+def test_the_suite_is_timed(tmp_path: Path) -> None:
+    """A checkout's own: another's is what the change is compared with."""
+    (tmp_path / "test_two.py").write_text("def test_one(): pass\n\ndef test_two(): assert 0")
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "bench" / "suite.py"), "--checkout", str(tmp_path), "--out", str(out)]
+    done = subprocess.run([*command, "--commit", "abc", "--workers", "0"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (path,) = out.iterdir()
+    record = json.loads(path.read_text())
+    assert record["counts"] == {"passed": 1, "failed": 1} and record["commit"] == "abc" and record["seconds"] > 0
+    assert str(tmp_path) not in path.read_text()
+
+
 def test_a_wrong_opponent_shows(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     case = bench.cases.Case("wrong", (16,), 100, ("fp32",), ("ppo",), ("separate",), ("eager",))
     # a ratio that nobody clips: the loss of most tokens is right
@@ -131,6 +174,32 @@ def test_a_wrong_opponent_shows(bench: SimpleNamespace, monkeypatch: pytest.Monk
     (eager,) = [r for r in measured if r["contender"] == "eager"]
     assert eager["status"] == "wrong" and eager["grad_error"] > 1e-3
     assert bench.cells.cell([eager], bench.cells.time_and_speedup) == "wrong"
+
+
+def test_a_loss_without_a_plain_formula_is_measured_by_the_librarys(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loss in list(bench.opponents.PLAIN):
+        monkeypatch.delitem(bench.opponents.PLAIN, loss)
+    bench.opponents.check_plain_formulas(bench.cases.LOSSES)
+
+
+def test_bare_kernels_are_all_that_a_call_launches(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out here would count as the interface's time."""
+    backend, launched = bench.contenders.backends.resolve("eager", CPU), []
+    for stage in ("normaliser", "loss_and_grad", "stats", "objective", "grad", "scale"):
+        function = getattr(backend, stage)
+        spy = lambda *args, stage=stage, function=function: launched.append(stage) or function(*args)  # noqa: E731
+        monkeypatch.setattr(backend, stage, spy)
+    problem = bench.cases.make_problem(bench.cases.Case("kernels", (4,), 50), "ppo", "fp32", CPU)
+    public, kernels = (bench.contenders.fused(problem, mode, "eager").call for mode in ("separate", "reused"))
+    results = []
+    for call in (public, kernels):
+        launched.clear()
+        results.append((call(), tuple(launched)))
+    (expected, by_public), (got, by_kernels) = results
+    assert by_public == by_kernels and "loss_and_grad" in by_kernels
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 def test_true_class_gradient_rounded_before_it_is_formed_shows(bench: SimpleNamespace) -> None:

@@ -11,39 +11,80 @@ from cases import LOSSES, MODES, OBJECTIVES, Case, make, per_token_bounds, run
 from torch import Tensor
 
 from fused_losses import ops
+from fused_losses.problem import Problem, Targets, Terms, Transform
 
 LOGITS, TARGET = torch.randn(3, 9), torch.tensor([1, -100, 8])
 
 
-def _rows(objective: str, device: torch.device, backend: str, tensors: bool) -> tuple[Any, ...]:
-    """The arguments between the logits and the end, which several operators share."""
-    names = OBJECTIVES[objective].inputs + OBJECTIVES[objective].bounds
-    columns: list[Tensor | float] = [0.5, 1.5, 2.0] + [0.9] * len(names)
-    if tensors:
-        columns = [torch.full((3,) if i != 2 else (), c, device=device) for i, c in enumerate(columns)]
-    return (TARGET.to(device), objective, *ops.split(tuple(columns)), [], False, -100, True, False, backend)
+def _problem(objective: str, device: torch.device, tensors: bool) -> Problem:
+    def column(value: float, shape: tuple[int, ...] = (3,)) -> Tensor | float:
+        return torch.full(shape, value, device=device) if tensors else value
+
+    return Problem(
+        targets=Targets(TARGET.to(device), -100),
+        transform=Transform(column(1.5)),
+        weights=column(0.5),
+        objective=OBJECTIVES[objective],
+        inputs=tuple(column(0.9) for _ in OBJECTIVES[objective].columns),
+        terms=Terms(),
+        denominator=column(2.0, ()),
+        vocab=LOGITS.shape[1],
+        all_logprobs=True,
+    )
 
 
 def _op_arguments(name: str, device: torch.device, backend: str, tensors: bool) -> tuple[Any, ...]:
-    logits, rows = LOGITS.to(device), _rows("ppo", device, backend, tensors)
+    problem = _problem("ppo", device, tensors)
+    logits, encoded = LOGITS.to(device), ops.encode(problem, backend, False)
+    if name == "normaliser":
+        return encoded
     if name == "forward":
-        return (logits, *rows, True)
+        return (logits, *encoded, True)
     if name in ("loss_and_grad", "loss_and_grad_inplace"):
-        return (logits.clone(), *rows)
+        return (logits.clone(), *encoded)
     if name == "scale":
         return (logits.clone(), torch.tensor(3.0, device=device), backend)
     assert name == "grad"
-    _, _, coefficients, stats = torch.ops.fused_losses.forward(logits, *rows, True)
-    temperature = torch.full((3,), 1.5, device=device) if tensors else 1.5
-    columns = ops.split((temperature,))
-    return logits, rows[0], stats, coefficients, torch.ones(3, device=device), *columns, None, 0.0, backend
+    _, _, coefficients, stats = torch.ops.fused_losses.forward(logits, *encoded, True)
+    temperature = problem.transform.temperature if tensors else None
+    upstream = torch.ones(3, device=device)
+    return logits, encoded.target_tokens, None, temperature, [1.5, 0.0], stats, coefficients, upstream, backend
 
 
-OPERATORS = sorted(name for name, op in vars(torch.ops.fused_losses).items() if hasattr(op, "default"))
+@pytest.mark.parametrize("given", ["plain", "terms", "several targets"])
+def test_codec(given):
+    """A problem comes back as it went, field by field."""
+    problem = _problem("ppo", LOGITS.device, True)
+    if given == "terms":
+        columns = {name: torch.rand(3) for name in Terms._fields[:5]}
+        problem = problem._replace(
+            transform=Transform(0.5, 30.0), terms=Terms(**columns, kl_type="abs", kl_weighted_by_ratio=True)
+        )
+    if given == "several targets":
+        targets = Targets(TARGET[:, None].expand(3, 2).contiguous(), 7, torch.rand(3, 2))
+        terms = Terms(label_smoothing=0.25, z_loss=0.5, entropy=True)
+        problem = problem._replace(targets=targets, terms=terms, all_logprobs=False)
+    back = ops.decode(ops.encode(problem, "cpu", True))
+    assert _flat(back) == _flat(problem)
+
+
+def _flat(record: Any) -> Any:
+    """A record of records, its tensors as lists."""
+    if isinstance(record, tuple):
+        names = getattr(record, "_fields", range(len(record)))
+        return {name: _flat(value) for name, value in zip(names, record, strict=True)}
+    return record.tolist() if isinstance(record, Tensor) else record
+
+
+OPERATORS = sorted(
+    schema.name.partition("::")[2]
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("fused_losses::")
+)
 
 
 def test_every_operator_is_here():
-    assert set(OPERATORS) >= {"forward", "grad", "loss_and_grad", "loss_and_grad_inplace", "scale"}
+    assert set(OPERATORS) >= {"forward", "grad", "loss_and_grad", "loss_and_grad_inplace", "normaliser", "scale"}
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
@@ -55,7 +96,8 @@ def test_opcheck(backend, device, operator, tensors):
 
 
 def test_opcheck_no_reduction(backend, device):
-    arguments = (LOGITS.to(device), *_rows("cispo", device, backend, True), False)
+    encoded = ops.encode(_problem("cispo", device, True), backend, False)
+    arguments = (LOGITS.to(device), *encoded, False)
     torch.library.opcheck(torch.ops.fused_losses.forward.default, arguments)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import LOSSES, Case, assert_rounded_once, check, make, run
+from cases import LOSSES, Case, assert_rounded_once, assert_sure_target, check, make, run
 from torch import Tensor
 
-from fused_losses.backends import eager
+from fused_losses.backends.eager import BACKEND, Eager
+from fused_losses.problem import Coefficients, Problem, Stats
 
 Function = Callable[..., object]
 
@@ -22,42 +23,56 @@ def upstream_ignored(scale: Function) -> Function:
 
 
 def tail_dropped(stats: Function) -> Function:
-    def wrong(logits: Tensor, *args):
-        return stats(torch.cat((logits[..., :-1], torch.full_like(logits[..., :1], -torch.inf)), -1), *args)
+    def wrong(logits: Tensor, problem: Problem) -> Stats:
+        return stats(torch.cat((logits[..., :-1], torch.full_like(logits[..., :1], -torch.inf)), -1), problem)
+
+    return wrong
+
+
+def target_not_left_out(stats: Function) -> Function:
+    """As sums over the whole row were: 1 - p is then a difference."""
+
+    def wrong(logits: Tensor, problem: Problem) -> Stats:
+        table = stats(logits, problem).table.clone()
+        maximum = torch.maximum(table[0], table[2])
+        table[1] = table[1] * (table[0] - maximum).exp() + (table[2] - maximum).exp()
+        table[1] -= (table[2] - maximum).exp()
+        table[0] = maximum
+        return Stats(table)
 
     return wrong
 
 
 def upstream_of_the_first_token(grad: Function) -> Function:
-    def wrong(logits, target, stats, coefficients, upstream, *args):
-        return grad(logits, target, stats, coefficients, upstream[:1] if torch.is_tensor(upstream) else upstream, *args)
+    def wrong(logits, targets, transform, stats, coefficients, upstream, gradient):
+        upstream = upstream[:1] if torch.is_tensor(upstream) else upstream
+        return grad(logits, targets, transform, stats, coefficients, upstream, gradient)
 
     return wrong
 
 
 def temperature_missing_in_the_gradient(grad: Function) -> Function:
-    def wrong(*args):
-        grad(*args)
-        temperature, gradient = args[5], args[-1]
-        gradient.mul_(temperature)
+    def wrong(logits, targets, transform, stats, coefficients, upstream, gradient):
+        grad(logits, targets, transform, stats, coefficients, upstream, gradient)
+        gradient.mul_(transform.temperature)
 
     return wrong
 
 
 def one_minus_p_in_bf16(grad: Function) -> Function:
-    def wrong(logits, target, stats, coefficients, upstream, temperature, shares, softcap, gradient):
-        p = torch.softmax(logits.float() / temperature, -1).bfloat16()
-        grad(logits, target, stats, coefficients, upstream, temperature, shares, softcap, gradient)
-        at = target.clamp(min=0)[:, None]
-        gradient.scatter_(1, at, (coefficients[:, None] * (1 - p.gather(1, at))).to(gradient.dtype))
+    def wrong(logits, targets, transform, stats, coefficients, upstream, gradient):
+        p = torch.softmax(logits.float() / transform.temperature, -1).bfloat16()
+        grad(logits, targets, transform, stats, coefficients, upstream, gradient)
+        at = targets.tokens.clamp(min=0)[:, None]
+        gradient.scatter_(1, at, (coefficients.table.T * (1 - p.gather(1, at))).to(gradient.dtype))
 
     return wrong
 
 
 def true_class_forgotten(grad: Function) -> Function:
-    def wrong(logits, target, *args):
-        grad(logits, target, *args)
-        args[-1].scatter_(1, target.clamp(min=0)[:, None], 0.0)
+    def wrong(logits, targets, *args):
+        grad(logits, targets, *args)
+        args[-1].scatter_(1, targets.tokens.clamp(min=0)[:, None], 0.0)
 
     return wrong
 
@@ -93,25 +108,26 @@ def masked_rows_multiplied(grad: Function) -> Function:
 
 
 def sign_of_the_advantage_ignored(objective: Function) -> Function:
-    def wrong(stats, target, name, inputs, *args):
-        return objective(stats, target, name, (inputs[0], inputs[1].abs(), *inputs[2:]) if inputs else (), *args)
+    def wrong(stats: Stats, problem: Problem, reduce: bool):
+        inputs = problem.inputs
+        if inputs:
+            inputs = (inputs[0], inputs[1].abs(), *inputs[2:])
+        return objective(stats, problem._replace(inputs=inputs), reduce)
 
     return wrong
 
 
-def masked_tokens_counted(objective: Function) -> Function:
-    def wrong(stats, target, *args):
-        loss, logp, coefficients = objective(stats, target, *args)
-        share = (target != -100).sum() / target.numel()
-        return (loss * share, logp, coefficients * share) if args[-4] else (loss, logp, coefficients)
+def masked_tokens_counted(normaliser: Function) -> Function:
+    def wrong(problem: Problem) -> Tensor:
+        return torch.tensor(float(problem.n))
 
     return wrong
 
 
 def denominator_of_the_loss_alone(objective: Function) -> Function:
-    def wrong(stats, target, name, inputs, weights, temperature, denominator, *args):
-        loss, logp, coefficients = objective(stats, target, name, inputs, weights, temperature, denominator, *args)
-        return loss, logp, coefficients * denominator
+    def wrong(stats: Stats, problem: Problem, reduce: bool):
+        loss, logprobs, coefficients = objective(stats, problem, reduce)
+        return loss, logprobs, Coefficients(coefficients.table * problem.denominator)
 
     return wrong
 
@@ -119,6 +135,7 @@ def denominator_of_the_loss_alone(objective: Function) -> Function:
 BUGS = {
     upstream_ignored: "scale",
     tail_dropped: "stats",
+    target_not_left_out: "stats",
     upstream_of_the_first_token: "grad",
     temperature_missing_in_the_gradient: "grad",
     one_minus_p_in_bf16: "grad",
@@ -127,7 +144,7 @@ BUGS = {
     truncated_to_bf16: "grad",
     masked_rows_multiplied: "grad",
     sign_of_the_advantage_ignored: "objective",
-    masked_tokens_counted: "objective",
+    masked_tokens_counted: "normaliser",
     denominator_of_the_loss_alone: "objective",
 }
 
@@ -144,6 +161,7 @@ def suite() -> None:
             check(case, "eager", upstream=torch.linspace(-1, 2, 7), reduction="none")
     case = make("cross_entropy", (5,), 31)
     check(case, "eager", upstream=2.0)
+    assert_sure_target(case, "eager")
     case.storage[2] = torch.nan  # the ignored token
     assert not run(case.public("eager"), case).gradient[2].any()
 
@@ -152,7 +170,7 @@ def suite() -> None:
 def test_found(bug, monkeypatch):
     if bug is None:
         return suite()
-    monkeypatch.setattr(eager, BUGS[bug], bug(getattr(eager, BUGS[bug])))
+    monkeypatch.setattr(Eager, BUGS[bug], staticmethod(bug(getattr(BACKEND, BUGS[bug]))))
     with pytest.raises(AssertionError):
         suite()
 

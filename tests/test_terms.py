@@ -307,16 +307,16 @@ def combinations(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> C
         return {k: torch.full((n,), float(v)) if v and draw(st.booleans()) else v for k, v in chosen.items()}
 
     def number(low: float, high: float) -> Callable[[], float]:
-        return lambda: draw(st.floats(low, high, width=32))
+        return lambda: draw(st.floats(low, high, width=32, allow_subnormal=False))
 
     keywords = maybe(temperature=number(0.5, 2.0))
     keywords |= {k: draw(v) for k, v in (("softcap", st.floats(3, 30)), ("logit_scale", st.floats(0.25, 2))) if
                  draw(st.booleans())}  # fmt: skip
     if objective == "cross_entropy":
         if draw(st.booleans()):
-            keywords["label_smoothing"] = draw(st.floats(0, 1))
+            keywords["label_smoothing"] = draw(st.floats(0, 1, width=32, allow_subnormal=False))
         if draw(st.booleans()):
-            keywords["z_loss"] = draw(st.floats(0, 0.5))
+            keywords["z_loss"] = draw(st.floats(0, 0.5, width=32, allow_subnormal=False))
     else:
         keywords |= maybe(
             entropy_coef=number(-0.5, 0.5), importance_weights=number(0.0, 3.0), log_ratio_clamp=lambda: 0.3

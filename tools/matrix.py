@@ -2,9 +2,9 @@
 
     python tools/matrix.py --root FOLDER python3.10=2.10.0 python3.13=2.15.0
 
-Each pair has a virtual environment under --root, made where it is not there yet (torch with CUDA takes 5 GB). A wheel of
-the source distribution goes into it. Then, away from the checkout: the import, `python -m fused_losses`, and what of the
-suite concerns the cpu and eager backends, about 3 minutes on one core. FOLDER/*.log has what was printed.
+Each pair has a virtual environment under --root, made where it is not there yet (torch with CUDA takes 5 GB). A wheel
+of the source distribution goes into it. Then, away from the checkout: the import, `python -m fused_losses`, and what of
+the suite concerns the cpu and eager backends, about 3 minutes on one core. FOLDER/*.log has what was printed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Pair:
         with self.log.open("a") as log:
             print(f"$ {' '.join(map(str, command))}", done.stdout, file=log, sep="\n")
         if done.returncode:
-            raise Failed(f"{step} failed, {done.stdout.strip().splitlines()[-1:]}, see {self.log.name}")
+            raise Failed(f"{step}: {' '.join(done.stdout.strip().splitlines()[-1:])}, see {self.log.name}")
         return done.stdout
 
     def python(self, step: str, *arguments: object, cwd: Path = ROOT) -> str:
@@ -64,12 +64,23 @@ class Pair:
     def check(self, wheel: Path, source: Path) -> str:
         """source: the tests, with no package beside them that would be imported in the wheel's place."""
         self.python("install", "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel)
-        self.python("import", "-c", "import fused_losses", cwd=source)
-        doctor = json.loads(self.python("python -m fused_losses", "-m", "fused_losses", "--json", cwd=source))
-        passed = [name for name, found in doctor["devices"][0]["backends"].items() if found["usable"]]
+        code = "import fused_losses, torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+        versions = self.python("import", "-c", code, cwd=source).strip().splitlines()[-1]
+        return f"{versions}: self-test {self.self_test(source)}; suite {self.suite(source)}"
+
+    def self_test(self, source: Path) -> str:
+        try:
+            doctor = json.loads(self.python("", "-m", "fused_losses", "--json", cwd=source))
+        except Failed as failure:
+            return f"FAILED{failure}"
+        return "ok: " + ", ".join(name for name, b in doctor["devices"][0]["backends"].items() if b["usable"])
+
+    def suite(self, source: Path) -> str:
         files = [f"tests/test_{name}.py" for name in SUITE]
-        suite = self.python("suite", "-m", "pytest", *files, "-k", BACKENDS, cwd=source).strip().splitlines()[-1]
-        return f"torch {doctor['torch']}, triton {doctor['triton']}: import, self-test ({', '.join(passed)}), {suite}"
+        try:
+            return self.python("", "-m", "pytest", *files, "-k", BACKENDS, cwd=source).strip().splitlines()[-1]
+        except Failed as failure:
+            return f"FAILED{failure}"
 
 
 def sdist(pair: Pair, folder: Path) -> tuple[Path, Path]:
@@ -112,8 +123,8 @@ def main() -> int:
                 made = made or sdist(pair, Path(temporary))
                 outcome = pair.check(wheel(pair, made[0], Path(temporary)), made[1])
             except Failed as failure:
-                failures += 1
-                outcome = f"FAILED: {failure}"
+                outcome = f"FAILED {failure}"
+            failures += "FAILED" in outcome
             print(f"Python {pair.version}, torch {torch}: {outcome}", flush=True)
     return 1 if failures else 0
 

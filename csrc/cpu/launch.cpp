@@ -84,10 +84,11 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row) {
     Row seen(problem.targets, problem.transform, row);
     const Kept kept = Row::keep(problem, logits, grad, vocab);
     seen.sweep(problem.terms, logits, vocab, kept);
-    const TokenLoss loss = seen.loss(problem, problem.denominator.at(0), p.logprobs);
+    const Softmax softmax = seen.softmax();
+    const TokenLoss loss = seen.loss(problem, softmax, p.logprobs);
     p.row_losses[row] = loss.value;
     if (loss.by.none()) return zero(grad, vocab);
-    seen.write_gradient(loss.by, logits, vocab, kept, grad);
+    seen.write_gradient(loss.by, softmax, logits, vocab, kept, grad);
 }
 
 template <class T, class Row>
@@ -109,7 +110,7 @@ void objective_row(const ObjectiveParams& p, int64_t row) {
     if (problem.reads(row)) {
         Row seen(problem.targets, problem.transform, row);
         seen.load(p.stats);
-        loss = seen.loss(problem, problem.denominator.at(0), p.logprobs);
+        loss = seen.loss(problem, seen.softmax(), p.logprobs);
     } else {
         nothing_seen(p.logprobs, problem.plain, row);
     }
@@ -138,7 +139,7 @@ void grad_row(const GradParams& p, int64_t row) {
     if (by.none()) return zero(grad, p.logits.vocab);
     Row seen(p.targets, p.transform, row);
     seen.load(p.stats);
-    seen.write_gradient(by, row_of<T>(p.logits, row), p.logits.vocab, kNothing, grad);
+    seen.write_gradient(by, seen.softmax(), row_of<T>(p.logits, row), p.logits.vocab, kNothing, grad);
 }
 
 }  // namespace

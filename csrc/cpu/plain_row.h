@@ -36,29 +36,29 @@ class PlainRow {
         logit_ = stats.target(row_);
     }
 
-    TokenLoss loss(const Problem& problem, float denominator, const LogprobsTable& logprobs) const {
-        const float logp = softmax().logprob();
+    Softmax softmax() const { return softmax_of(target_distance(logit_, maximum_, unit_), sum_, 0.f); }
+
+    TokenLoss loss(const Problem& problem, const Softmax& softmax, const LogprobsTable& logprobs) const {
+        const float logp = softmax.logprob();
         logprobs.target(row_) = logp;
-        return plain_loss(problem, row_, logp, denominator);
+        return plain_loss(problem, row_, logp, problem.denominator.at(0));
     }
 
     // grad may be the logits.
-    void write_gradient(const Coefficients& by, const T* logits, int64_t vocab, Kept kept, T* grad) const {
+    void write_gradient(const Coefficients& by, const Softmax& softmax, const T* logits, int64_t vocab, Kept kept,
+                        T* grad) const {
         const RowFunctions<T>& f = functions<T>();
-        const Softmax seen = softmax();
-        const float top = seen.lead > 0.f ? logit_ : maximum_, c = kLog2e * unit_;
-        const float factor = dense_gradient(by, 1.f, seen).constant * unit_;
+        const float top = softmax.lead > 0.f ? logit_ : maximum_, c = kLog2e * unit_;
+        const float factor = dense_gradient(by, 1.f, softmax).constant * unit_;
         if (kept.exps) {
             f.write_scaled(kept, vocab, top, c, factor, grad);
         } else {
             f.write_exponentials(logits, vocab, top, c, factor, grad);
         }
-        store_target(grad, target_, vocab, target_gradient(by, 1.f, 1.f, target_seen(seen), 0.f) * unit_);
+        store_target(grad, target_, vocab, target_gradient(by, 1.f, 1.f, target_seen(softmax), 0.f) * unit_);
     }
 
   private:
-    Softmax softmax() const { return softmax_of(finite_distance((logit_ - maximum_) * unit_, logit_), sum_, 0.f); }
-
     int64_t row_, target_;
     float unit_;  // 1 / temperature
     float maximum_, sum_, logit_;

@@ -73,8 +73,11 @@ class TermsRow {
         drift_ = stats.drift(row_);
     }
 
-    TokenLoss loss(const Problem& problem, float denominator, const LogprobsTable& logprobs) const {
-        const Softmax softmax = this->softmax();
+    Softmax softmax() const {
+        return targets_.single() ? softmax_of(distance(0), sum_, moment_) : softmax_of_several(sum_, moment_);
+    }
+
+    TokenLoss loss(const Problem& problem, const Softmax& softmax, const LogprobsTable& logprobs) const {
         float x = 0.f;
         for (int64_t k = 0; k < targets_.num; ++k) {
             const float share = targets_.share(row_, k);
@@ -84,16 +87,17 @@ class TermsRow {
             logprobs.target(row_, k) = logp;
             if (counts) x += share * logp;
         }
-        const RowSeen seen = row_seen(level(top(softmax)) * scale_, softmax, x, whole(), drift_, problem.vocab);
+        const float top = level(softmax.lead > 0.f ? scratch_.logits[0] : maximum_);
+        const RowSeen seen = row_seen(top * scale_, softmax, x, whole(), drift_, problem.vocab);
         logprobs.entropy(row_) = problem.terms.entropy ? seen.entropy : 0.f;
-        return terms_loss(problem, row_, seen, denominator);
+        return terms_loss(problem, row_, seen, problem.denominator.at(0));
     }
 
     // grad may be the logits.
-    void write_gradient(const Coefficients& by, const T* logits, int64_t vocab, Kept kept, T* grad) const {
+    void write_gradient(const Coefficients& by, const Softmax& softmax, const T* logits, int64_t vocab, Kept kept,
+                        T* grad) const {
         const RowFunctions<T>& f = functions<T>();
-        const Softmax softmax = this->softmax();
-        const float top = this->top(softmax), c = kLog2e * scale_;
+        const float top = softmax.lead > 0.f ? scratch_.logits[0] : maximum_, c = kLog2e * scale_;
         const Dense dense = dense_gradient(by, whole(), softmax);
         if (kept.exps && dense.slope == 0.f && dense.offset == 0.f) {
             f.write_scaled(kept, vocab, top, c, dense.constant * unit_, grad);
@@ -107,16 +111,7 @@ class TermsRow {
   private:
     float level(float logit) const { return functions<T>().level(logit, softcap_); }
 
-    float distance(int64_t k) const {
-        return finite_distance((level(scratch_.logits[k]) - level(maximum_)) * scale_, scratch_.logits[k]);
-    }
-
-    // The largest logit.
-    float top(const Softmax& softmax) const { return softmax.lead > 0.f ? scratch_.logits[0] : maximum_; }
-
-    Softmax softmax() const {
-        return targets_.single() ? softmax_of(distance(0), sum_, moment_) : softmax_of_several(sum_, moment_);
-    }
+    float distance(int64_t k) const { return target_distance(level(scratch_.logits[k]), level(maximum_), scale_); }
 
     TargetSeen target(const Softmax& softmax, int64_t k) const {
         return targets_.single() ? target_seen(softmax) : target_seen_of_several(softmax, distance(k));

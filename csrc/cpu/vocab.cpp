@@ -14,17 +14,33 @@ static_assert(kBlock % kStep == 0 && kWhole % kStep == 0 && kReferences >= kLane
 
 FL_INLINE int64_t block_size(int64_t vocab, int64_t begin) { return vocab - begin < kBlock ? vocab - begin : kBlock; }
 
+FL_INLINE bool holds(int64_t size, int64_t index) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
+
+template <class T>
+FL_INLINE T minus_infinity() {
+    T group[kStep];
+    store_group(group, group_of(-INFINITY));
+    return group[0];
+}
+
 // Run body(group, where it begins, how many of its elements are the row's). The ragged end goes through a buffer, so
-// that there is one body and one rounding; -inf is what neither maximum nor sum sees.
+// that there is one body and one rounding, and so does the group of an element that is to be left out; -inf is what
+// neither maximum nor sum sees.
 template <class T, class Body>
-FL_INLINE void for_each_group(const T* row, int64_t n, Body body, float padding = -INFINITY) {
-    int64_t j = 0;
-    for (; j + kStep <= n; j += kStep) body(load_group(row + j), j, kStep);
-    if (j == n) return;
-    T padded[kStep];
-    store_group(padded, group_of(padding));
-    memcpy(static_cast<void*>(padded), row + j, (n - j) * sizeof(T));
-    body(load_group(padded), j, n - j);
+FL_INLINE void for_each_group(const T* row, int64_t n, Body body, float padding = -INFINITY, int64_t left_out = kNone) {
+    const int64_t whole = n - n % kStep;
+    int64_t j = 0, stop = holds(n, left_out) ? left_out - left_out % kStep : whole;
+    for (;; stop = whole) {
+        for (; j < stop; j += kStep) body(load_group(row + j), j, kStep);
+        if (j >= n) return;
+        const int64_t count = n - j < kStep ? n - j : kStep;
+        T padded[kStep];
+        store_group(padded, group_of(padding));
+        memcpy(static_cast<void*>(padded), row + j, count * sizeof(T));
+        if (holds(count, left_out - j)) padded[left_out - j] = minus_infinity<T>();
+        body(load_group(padded), j, count);
+        j += kStep;
+    }
 }
 
 template <class T>
@@ -49,15 +65,6 @@ FL_INLINE Group kept_group(const float* exps, int64_t count) {
     memcpy(padded, exps, count * sizeof(float));
     return load_group(padded);
 }
-
-template <class T>
-FL_INLINE T minus_infinity() {
-    T group[kStep];
-    store_group(group, group_of(-INFINITY));
-    return group[0];
-}
-
-FL_INLINE bool holds(int64_t size, int64_t index) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
 
 // 0 where a group has an element that counts, -inf where it has padding or what is left out.
 template <class T>
@@ -104,11 +111,14 @@ FL_INLINE Floats merged_max(const Group& x) { return max_of(max_of(x.of[0], x.of
 
 // Of a lane, not of the row: no lane has to wait for the others.
 template <class T>
-FL_INLINE Floats lane_max(const T* logits, int64_t n, Floats floor) {
+FL_INLINE Floats lane_max(const T* logits, int64_t n, int64_t left_out, Floats floor) {
     Group max = {floor, floor, floor, floor};
-    for_each_group(logits, n, [&](const Group& x, int64_t, int64_t) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < kGroup; ++i) max.of[i] = max_of(x.of[i], max.of[i]);  // a NaN shows in the sum
-    });
+    for_each_group(
+        logits, n,
+        [&](const Group& x, int64_t, int64_t) __attribute__((always_inline)) {
+            for (int64_t i = 0; i < kGroup; ++i) max.of[i] = max_of(x.of[i], max.of[i]);  // a NaN shows in the sum
+        },
+        -INFINITY, left_out);
     return merged_max(max);
 }
 
@@ -128,29 +138,31 @@ struct LaneSums {
 // where nothing else goes to memory, else the two get in each other's way.
 constexpr int64_t kNear = 2048, kFar = 8192;  // bytes
 
-// next: where the block lies in memory, if it is not there that it is read. left_out: counted from the block's begin.
 template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE LaneSums block_sums(const T* block, int64_t n, const T* next, int64_t left_out, Floats reference, float c,
-                              float inverse_cap, float* exps, int64_t far) {
+FL_INLINE LaneSums block_sums(const T* block, int64_t n, int64_t left_out, Floats reference, float c, float inverse_cap,
+                              float* exps, int64_t far) {
     Group total = {}, moment = {};
-    for_each_group(block, n, [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
-        prefetch_group(next + j, kNear, false);
-        if (far) prefetch_group(next + j, far, true);
-        const Group y = levels<with_cap>(x, inverse_cap).value;
-        Group d, e;
-        for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
-        if (with_cap && (count < kStep || holds(kStep, left_out - j))) {  // a capped -inf is finite
-            const Group mask = counted<T>(count, left_out - j);
-            for (int64_t i = 0; i < kGroup; ++i) d.of[i] += mask.of[i];
-        }
-        for (int64_t i = 0; i < kGroup; ++i) {
-            d.of[i] = bounded(d.of[i]);
-            e.of[i] = exp2_bounded(d.of[i]);
-            total.of[i] += e.of[i];
-            if (with_moment) moment.of[i] += e.of[i] * d.of[i];
-        }
-        if (keep) keep_group<T>(exps + j, count, e);
-    });
+    for_each_group(
+        block, n,
+        [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
+            prefetch_group(block + j, kNear, false);
+            if (far) prefetch_group(block + j, far, true);
+            const Group y = levels<with_cap>(x, inverse_cap).value;
+            Group d, e;
+            for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
+            if (with_cap && (count < kStep || holds(kStep, left_out - j))) {  // a capped -inf is finite
+                const Group mask = counted<T>(count, left_out - j);
+                for (int64_t i = 0; i < kGroup; ++i) d.of[i] += mask.of[i];
+            }
+            for (int64_t i = 0; i < kGroup; ++i) {
+                d.of[i] = bounded(d.of[i]);
+                e.of[i] = exp2_bounded(d.of[i]);
+                total.of[i] += e.of[i];
+                if (with_moment) moment.of[i] += e.of[i] * d.of[i];
+            }
+            if (keep) keep_group<T>(exps + j, count, e);
+        },
+        -INFINITY, left_out);
     return {merged_sum(total), merged_sum(moment)};
 }
 
@@ -158,22 +170,15 @@ template <bool with_moment, bool with_cap, bool keep, class T>
 FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap, Kept kept) {
     Floats max = all(-FLT_MAX), reference = level<with_cap>(max, inverse_cap);
     LaneSums sums = {};
-    T without[kBlock];
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-        const int64_t n = block_size(vocab, begin);
+        const int64_t n = block_size(vocab, begin), far = keep && !kept.in_cache ? 0 : kFar;
         const T* block = logits + begin;
-        if (holds(n, left_out - begin)) {  // neither maximum nor sum sees -inf
-            memcpy(static_cast<void*>(without), block, n * sizeof(T));
-            without[left_out - begin] = minus_infinity<T>();
-            block = without;
-        }
-        max = lane_max(block, n, max);
+        max = lane_max(block, n, left_out - begin, max);
         const Floats lower = reference;
         reference = level<with_cap>(max, inverse_cap);
         sums.move(bounded((lower - reference) * c));
         const LaneSums seen = block_sums<with_moment, with_cap, keep>(
-            block, n, logits + begin, left_out - begin, reference, c, inverse_cap, keep ? kept.exps + begin : nullptr,
-            keep && !kept.in_cache ? 0 : kFar);
+            block, n, left_out - begin, reference, c, inverse_cap, keep ? kept.exps + begin : nullptr, far);
         sums.sum += seen.sum;
         sums.moment += seen.moment;
         if (keep) store(kept.references + begin / kBlock * kReferences, max);

@@ -11,7 +11,7 @@ from ..objectives import Objective, constant
 from ..problem import Coefficients, Column, Problem, Stats, Targets, Transform
 from ..terms import Seen, row_loss, times
 
-_FLOAT_MIN = torch.finfo(torch.float32).min
+_FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 _LOWEST = -1000.0  # of z_j - z_max where it meets e_j, which is 0 there: 0 * -inf is NaN
 
 
@@ -94,7 +94,9 @@ class Eager:
             zero = torch.zeros_like(like)
             entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero
             logprobs = torch.cat((logp, entropy[None]))
-            lse = _capped(stats.maximum, transform) * _inverse_temperature(transform, like) + softmax.lead
+            # not maximum + lead, which loses the target over others that are masked by -FLT_MAX
+            largest = stats.targets[0].where(softmax.lead > 0, stats.maximum)
+            lse = _capped(largest, transform) * _inverse_temperature(transform, like)
             spread = softmax.log_total + softmax.lead - stats.drift / problem.vocab
             whole: Tensor | float = 1.0
             x = logp[0]
@@ -175,11 +177,13 @@ def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bo
         logp = distance - stats.sum.log()
         mean = moment / stats.sum
         return Softmax(torch.zeros_like(top), distance, stats.sum, stats.sum.log(), mean, logp.exp(), -logp.expm1())
-    lead = distance[0].clamp(min=0)
-    behind = distance[0] - lead
+    # over others that are masked by -FLT_MAX the distance of a finite target may overflow
+    finite = distance[0].clamp(max=_FLOAT_MAX).where(stats.targets[0] < torch.inf, distance[0])
+    lead = finite.clamp(min=0)
+    behind = finite - lead
     half = torch.exp(-0.5 * lead)  # twice: only the product may underflow
     rest, own = half * (half * stats.sum), torch.exp(behind)
-    moment = half * (half * (moment - lead * stats.sum)) + own * behind.clamp(min=_LOWEST)
+    moment = times(half, half * (moment - times(lead, stats.sum))) + own * behind.clamp(min=_LOWEST)
     total = rest + own
     log_total = torch.where(own == 1, torch.log1p(rest), torch.log(total))
     return Softmax(lead, behind[None], total, log_total, moment / total, (own / total)[None], (rest / total)[None])

@@ -44,7 +44,7 @@ def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
 
 
 def inputs_differ(theirs: dict[str, str]) -> str | None:
-    """Where C++ takes other inputs, or in another order, than the table of objectives says: built from other sources."""
+    """Where C++ takes other inputs than the table of objectives says, or in another order: built from other sources."""
     ours = {name: ", ".join(objective.columns) for name, objective in OBJECTIVES.items()}
     for name in {**ours, **theirs}:
         if name not in theirs or name not in ours:
@@ -60,6 +60,7 @@ class Native:
     device_type: str
 
     def __init__(self, name: str, fix: str):
+        self.module: Any
         self.module, self.cause = load(name, fix)
 
     def unusable(self, device: torch.device) -> str | None:
@@ -80,35 +81,27 @@ class Native:
         self.launch(self.module.normaliser, device, problem, out)
         return out
 
+    # Sizes one by one and new_empty: torch takes half a microsecond longer to read a tuple, or a dtype.
+
     def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
         n, device = problem.n, logits.device
-        logprobs = torch.empty(
-            logprobs_shape(n, problem.targets.num, problem.plain), dtype=torch.float32, device=device
-        )
-        row_losses = logprobs.new_empty(n)
-        loss = logprobs.new_empty(())
-        self.launch(
-            self.module.loss_and_grad,
-            device,
-            as_matrix(logits),
-            as_matrix(gradient),
-            problem,
-            logprobs,
-            row_losses,
-            loss,
-        )
+        shape = logprobs_shape(n, problem.targets.num, problem.plain)
+        logprobs = torch.empty(*shape, dtype=torch.float32, device=device)
+        row_losses, loss = logprobs.new_empty(n), logprobs.new_empty(())
+        matrices = as_matrix(logits), as_matrix(gradient)
+        self.launch(self.module.loss_and_grad, device, *matrices, problem, logprobs, row_losses, loss)
         return loss, logprobs
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
         shape = stats_shape(problem.n, problem.targets.num, problem.plain)
-        stats = Stats(torch.empty(shape, dtype=torch.float32, device=logits.device))
+        stats = Stats(torch.empty(*shape, dtype=torch.float32, device=logits.device))
         self.launch(self.module.stats, logits.device, as_matrix(logits), problem, stats)
         return stats
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
         n, plain, table = problem.n, problem.plain, stats.table
-        logprobs = table.new_empty(logprobs_shape(n, problem.targets.num, plain))
-        coefficients = Coefficients(table.new_empty(coefficients_shape(n, plain)))
+        logprobs = table.new_empty(*logprobs_shape(n, problem.targets.num, plain))
+        coefficients = Coefficients(table.new_empty(*coefficients_shape(n, plain)))
         row_losses = table.new_empty(n)
         loss = table.new_empty(()) if reduce else None
         self.launch(self.module.objective, table.device, stats, problem, logprobs, row_losses, coefficients, loss)
@@ -124,17 +117,8 @@ class Native:
         upstream: Column,
         gradient: Tensor,
     ) -> None:
-        self.launch(
-            self.module.grad,
-            logits.device,
-            as_matrix(logits),
-            as_matrix(gradient),
-            targets,
-            transform,
-            stats,
-            coefficients,
-            upstream,
-        )
+        matrices = as_matrix(logits), as_matrix(gradient)
+        self.launch(self.module.grad, logits.device, *matrices, targets, transform, stats, coefficients, upstream)
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> None:
         self.launch(self.module.scale, gradient.device, as_matrix(gradient), upstream)
