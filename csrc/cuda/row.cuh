@@ -37,7 +37,7 @@ __device__ __forceinline__ float target_logit(const T* logits, int target) {
 // z_logit - z_maximum
 template <class Z>
 __device__ __forceinline__ float distance_from(float maximum, float logit, const Z& z) {
-    return finite_distance((z.level(logit) - z.level(maximum)) * z.scale, logit);
+    return target_distance(z.level(logit), z.level(maximum), z.scale);
 }
 
 }  // namespace fused_losses

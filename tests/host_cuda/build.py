@@ -39,14 +39,10 @@ def entry(folder: Path) -> Path:
 def bindings(folder: Path) -> Path:
     import pybind11
 
-    return compile_object(
-        folder, "module.cpp", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"
-    )
+    return compile_object(folder, "module.cpp", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
 
 
-def build(
-    folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str, str, str] | None = None
-) -> Path:
+def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
     """The library. edit: (file in csrc, text that occurs once in it, its replacement)."""
     source = folder / "csrc"
     shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
@@ -62,7 +58,9 @@ def build(
     return folder / LIBRARY
 
 
-def sweep(library: Path, cases: Path, *, sanitize: bool = False, first: int | None = None) -> subprocess.CompletedProcess:
+def sweep(
+    library: Path, cases: Path, *, sanitize: bool = False, first: int | None = None
+) -> subprocess.CompletedProcess:
     """Runs sweep.py in a process of its own: a bug in device code may end it. first: so many of the cases."""
     environment = dict(os.environ)
     if sanitize:

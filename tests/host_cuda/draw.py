@@ -214,7 +214,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         if k == 1 and inside[0]:
             others[at[0]] = False
         top = max(np.fmax.reduce(row[others], initial=FLOOR), FLOOR)
-        no_others = k == 1 and (vocab == 1 or (cap == 0 and (row[others] == -np.inf).all()))
+        no_others = k == 1 and (not others.any() or (cap == 0 and (row[others] == -np.inf).all()))
         if no_others:
             top = logit[0]
         d = (capped(row) - capped(top)) / t[r]
@@ -286,7 +286,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         logprobs, logprobs_error = np.vstack((logprobs, entropy)), np.vstack((logprobs_error, entropy_error))
     total = losses.sum()
     loss = 0.0 if total == 0 and denominator == 0 else total / denominator
-    loss_error = (losses_error.sum() + 1e-6 * np.abs(losses).sum()) / max(denominator, 1e-3)
+    loss_error = (losses_error.sum() + 1e-6 * np.abs(finite(losses)).sum()) / max(denominator, 1e-3)
 
     def gradient(factor: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
         c, off = (np.zeros((4, n, 1)) for _ in range(2))
@@ -316,12 +316,17 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         "logprobs": (logprobs, 1e-7, logprobs_error),
         "row_losses": (losses, 1e-7, losses_error),
         "coefficients": (coefficients, 1e-7, coefficients_error + SMALLEST[FLOAT32]),
-        "loss": (np.array([loss]), 1e-7, np.nan_to_num(loss_error, posinf=0.0)),
+        "loss": (np.array([loss]), 1e-7, np.nan_to_num(loss_error, posinf=np.inf)),
         "normaliser": (np.array([normaliser]), 1e-6, 0.0),
         "loss_and_grad": gradient(np.ones(n)),
         "grad": gradient(upstream),
         "scale": (scaled, 1e-7 + ROUNDING[draw.dtype], SMALLEST[draw.dtype]),
     }
+
+
+def finite(x: np.ndarray) -> np.ndarray:
+    """0 for what is infinite or NaN: there nothing rounds."""
+    return np.where(np.isfinite(x), x, 0.0)
 
 
 class _Middle:
@@ -358,14 +363,16 @@ class _Middle:
             moved += np.nanmax([np.nan_to_num(np.abs(v - value)) for v, _ in sides], 0)
             moved_by += np.nanmax([np.nan_to_num(np.abs(b - by)) for _, b in sides], 0)
         size = self._size(*at, value, by)
+        size = np.where(size > 1e36, np.inf, size)  # it may overflow in float32, here or there
         return moved + 4e-7 * size, moved_by + 4e-7 * np.where(by == 0, 0, size + np.abs(by))
 
     def _size(
         self, x: np.ndarray, lse: np.ndarray, entropy: np.ndarray, spread: np.ndarray, value: np.ndarray, by: np.ndarray
     ) -> np.ndarray:
         """Of what is added up to a loss and to its derivative by logp, exponents as many times as they round."""
-        terms, x = self.terms, np.nan_to_num(x, neginf=0.0)
-        size = (np.abs(np.nan_to_num(value)) + np.abs(np.nan_to_num(by[0]))) * 8 * (1 + np.abs(x))
+        terms, x = self.terms, finite(x)
+        value, g = finite(value), finite(by[0])
+        size = (np.abs(value) + np.abs(g)) * 8 * (1 + np.abs(x))
         if self.draw.plain:
             return size
         if terms.kl_type is not None:
@@ -375,12 +382,12 @@ class _Middle:
                 clamp = terms.log_ratio_clamp.numpy()
                 ratio = np.exp(np.clip(x - self.inputs[0].numpy(), -clamp, clamp)) * (4 + np.abs(x))
             size = size + np.abs(terms.kl_coef.numpy()) * ratio * 4 * (1 + d * d + np.exp(-d) * (1 + np.abs(d)))
-        objective, g = (np.nan_to_num(v.numpy()) for v in self.formula(torch.tensor(x), *self.inputs))
+        objective, g = (finite(v.numpy()) for v in self.formula(torch.tensor(x), *self.inputs))
         size = size + self.importance.numpy() * (np.abs(objective) + np.abs(g)) * 8 * (1 + np.abs(x))
         if terms.entropy:
             size = size + np.abs(terms.entropy_coef.numpy()) * (1 + entropy)
         size = size + terms.label_smoothing * np.abs(self.whole * spread) * 4
-        return np.nan_to_num(size + terms.z_loss * np.abs(self.whole) * lse**2 * 4, posinf=np.inf)
+        return np.nan_to_num(size + terms.z_loss * np.abs(self.whole) * finite(lse) ** 2 * 4, posinf=np.inf)
 
 
 def case(seed: int) -> dict[str, Any]:

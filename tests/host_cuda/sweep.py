@@ -432,6 +432,17 @@ def sure_targets(module):
                     close(f"sure, {what}, target", grad.matrix()[at], sign * rest / temperature, tolerance, tiny)
 
 
+def surest_target(module):
+    """1 - p just above float32's smallest normal number, where e^-gap is below it."""
+    vocab, gap = 33013, 97.0
+    x = np.zeros((1, vocab), np.float32)
+    x[0, 5] = gap
+    rest = (vocab - 1) * np.exp(-gap)
+    rows = Matrix.of(x)
+    loss, _, _ = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([5]), vocab))
+    close("surest, loss and gradient", [loss[0], rows.matrix()[0, 5]], [rest, -rest], 2e-6 + 3e-7 * gap)
+
+
 def with_terms(module):
     module.configure(1, 1 << 20)
     nan, inf = float("nan"), float("inf")
@@ -460,7 +471,10 @@ def with_terms(module):
         close("others masked, z-loss, gradient", grad, [0, 2 * 6.0, 0], 1e-6)
 
     def two_phase(coefficients, upstream, token=0):
-        rows, table = Matrix.of([[0.0, 1.0, 2.0]]), [[2.0], [1 + np.exp(-1)], [nan if token == 3 else 0.0], [0.0], [0.0]]
+        rows, table = (
+            Matrix.of([[0.0, 1.0, 2.0]]),
+            [[2.0], [1 + np.exp(-1)], [nan if token == 3 else 0.0], [0.0], [0.0]],
+        )
         asked = asked_for(module, np.int64([token]), 3, plain=False)
         gradient(module, rows.arg, rows.arg, asked, table, np.reshape(coefficients, (4, 1)), upstream)
         return rows.matrix()[0]
@@ -476,7 +490,7 @@ def with_terms(module):
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
-    quick = (extremes, lone_class, sure_targets, with_terms, far_rows, unreadable_rows)
+    quick = (extremes, lone_class, sure_targets, surest_target, with_terms, far_rows, unreadable_rows)
     by_hand = [(f.__name__, lambda f=f: f(module)) for f in quick]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
