@@ -67,11 +67,11 @@ class Eager:
         # the target again, as a softcap makes -inf finite
         shown = distance.scatter(1, inside, -torch.inf) if single else distance
         e = torch.exp(shown)
-        rows = [maximum, e.sum(-1), *target.unbind(1)]
+        rows = [maximum, _row_sums(e), *target.unbind(1)]
         if not problem.plain:
             zero = torch.zeros_like(maximum)
-            rows.append((e * shown.clamp(min=_LOWEST)).sum(-1) if terms.entropy else zero)
-            rows.append(distance.sum(-1) if terms.label_smoothing != 0 else zero)
+            rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
+            rows.append(_row_sums(distance) if terms.label_smoothing != 0 else zero)
         read = _reads(problem)
         return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
 
@@ -228,3 +228,8 @@ def _is_nonzero(column: Column, like: Tensor) -> Tensor:
     if not isinstance(column, Tensor):
         column = torch.full((), column, dtype=torch.float32, device=like.device)
     return (column != 0).expand_as(like)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """A row alone as one of two: torch would share its sum among threads, in another order than in a batch."""
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
