@@ -39,8 +39,8 @@ _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 def watched(logits: Tensor, problem: Problem) -> bool:
     """Whether a call has to come through here."""
     targets, terms = problem.targets, problem.terms
-    columns = (problem.weights, problem.denominator, *problem.inputs, problem.transform.temperature, *terms[:5])
-    return checks.watched(logits, targets.tokens, targets.shares, *(c for c in columns if isinstance(c, Tensor)))
+    columns = (problem.weights, problem.denominator, problem.transform.temperature, *problem.inputs, *terms[:5])
+    return checks.watched(logits, targets.tokens, targets.shares, *columns)
 
 
 # ---- The codec: a problem as what the dispatcher takes ----
