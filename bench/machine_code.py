@@ -40,12 +40,12 @@ def read(cuobjdump: str, *arguments: object) -> str:
 
 def named(line: str) -> tuple[str, str, str] | None:
     """(kernel, element type, transform) of a line that names a function."""
-    m = re.search(r"Function :? ?.*?\d([a-z_]+_kernel|probe)(I(f)?\S*)?", line)
+    m = re.search(r"Function :? ?.*?\d([a-z_]+_kernel|probe)(I\S*)?", line)
     if not m:
         return None
-    types = ["float"] if m[3] else re.findall(r"\d([a-zA-Z][a-zA-Z0-9]*?)E", (m[2] or "").replace("IN", "EIN"))
-    types += re.findall("|".join(TRANSFORMS), m[2] or "")
-    return m[1], next((t for t in types if t in WIDTH), ""), next((t for t in types if t in TRANSFORMS), "")
+    arguments = m[2] or ""
+    element = "float" if arguments.startswith("If") else next((t for t in WIDTH if f"{len(t)}{t}E" in arguments), "")
+    return m[1], element, next((t for t in TRANSFORMS if t in arguments), "")
 
 
 def kernels_of(module: Path, cuobjdump: str) -> dict[Kernel, Code]:

@@ -110,8 +110,7 @@ BUGS = {
     "target element left as the others": ("cuda/plain_row.cuh", "if (left_out >= 0 && static", "if (false && static"),
     "target's logit after its gradient": (
         "cuda/kernels.cuh",
-        "            row.write_targets(grad, map_row(logits, grad, vocab, row.dense()));\n"
-        "        row.finish(",
+        "            row.write_targets(grad, map_row(logits, grad, vocab, row.dense()));\n        row.finish(",
         "        {\n"
         "            const Span<T> span = map_row(logits, grad, vocab, row.dense());\n"
         "            row.read_targets(logits, p.logprobs.data);\n"
@@ -222,11 +221,19 @@ BUGS = {
         "",
     ),
     "logprob of an ignored target": ("cuda/terms_row.cuh", "reads && given ?", "reads ?"),
-    "logits left for logprobs": ("cuda/terms_row.cuh", "for (int k = first; k < num(); k += step) {", "if (first == 0) {\n            const int k = 0;"),
+    "logits left for logprobs": (
+        "cuda/terms_row.cuh",
+        "for (int k = first; k < num(); k += step) {",
+        "if (first == 0) {\n            const int k = 0;",
+    ),
     "entropy nobody asked for": ("cuda/terms_row.cuh", "terms.entropy ? moment_ : 0.f", "moment_"),
     "zeros scaled": ("cuda/scale.cuh", "x == 0.f ? x : x * scale", "x * scale"),
     # the exact tail
-    "target in the sum": ("cuda/two_sweeps.cuh", "left_out_vector = span.vector_of(left_out);", "left_out_vector = -1;"),
+    "target in the sum": (
+        "cuda/two_sweeps.cuh",
+        "left_out_vector = span.vector_of(left_out);",
+        "left_out_vector = -1;",
+    ),
     "target's chunk whole": (
         "cuda/two_sweeps.cuh",
         "for (int stop = left_out_vector < 0 ? span.vectors : left_out_vector;",
@@ -247,7 +254,11 @@ BUGS = {
         "if (beside < 0 || j != left_out) acc.add(",
     ),
     "wrong vector left out": ("cuda/two_sweeps.cuh", "? body / kWidth<T> : -1;", "? j / kWidth<T> : -1;"),
-    "others' maximum kept where they have no mass": ("cuda/plain_row.cuh", "sum_ == 0.f ? target_ : all.max", "all.max"),
+    "others' maximum kept where they have no mass": (
+        "cuda/plain_row.cuh",
+        "sum_ == 0.f ? target_ : all.max",
+        "all.max",
+    ),
     "others' maximum kept, with terms": (
         "cuda/terms_row.cuh",
         "single() && sum_ == 0.f ? target_ : all.max",
@@ -257,13 +268,33 @@ BUGS = {
     "lead ignored with terms": ("cuda/terms_row.cuh", "single() ? fmaxf(maximum_, target_) : maximum_", "maximum_"),
     "lead ignored in the moment": ("loss.h", "moment - times(out.lead, sum)", "moment"),
     "target left out of the moment": ("loss.h", " + times(out.own, out.behind);", ";"),
-    "target left out of the drift": ("cuda/terms_row.cuh", "(left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f)", "0.f"),
+    "target left out of the drift": (
+        "cuda/terms_row.cuh",
+        "(left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f)",
+        "0.f",
+    ),
     "log of 1 + rest": ("loss.h", "out.own == 1.f ? log1pf(out.rest) : logf(out.total)", "logf(out.total)"),
-    "log1p where the target is not first": ("loss.h", "out.own == 1.f ? log1pf(out.rest) :", "true ? log1pf(out.rest) :"),
-    "1 - p by subtraction": ("loss.h", "softmax.rest / softmax.total, softmax.logprob()", "1.f - softmax.own / softmax.total, softmax.logprob()"),
+    "log1p where the target is not first": (
+        "loss.h",
+        "out.own == 1.f ? log1pf(out.rest) :",
+        "true ? log1pf(out.rest) :",
+    ),
+    "1 - p by subtraction": (
+        "loss.h",
+        "softmax.rest / softmax.total, softmax.logprob()",
+        "1.f - softmax.own / softmax.total, softmax.logprob()",
+    ),
     "e^-lead in one step": ("loss.h", "out.rest = half * (half * sum);", "out.rest = half * half * sum;"),
-    "infinite distance from a mask": ("loss.h", "return distance == INFINITY && target != INFINITY ?", "return false ?"),
-    "0 * inf in the moment": ("loss.h", "times(half, times(half, moment - times(out.lead, sum)))", "half * (half * (moment - out.lead * sum))"),
+    "infinite distance from a mask": (
+        "loss.h",
+        "return distance == INFINITY && target != INFINITY ?",
+        "return false ?",
+    ),
+    "0 * inf in the moment": (
+        "loss.h",
+        "times(half, times(half, moment - times(out.lead, sum)))",
+        "half * (half * (moment - out.lead * sum))",
+    ),
     "lse by way of a mask": (
         "cuda/terms_row.cuh",
         "row_seen(z.level(raw_top()) * z.scale, softmax_",
@@ -285,7 +316,7 @@ BUGS = {
         "const int beside = thread - span.edges;",
         "if (blockIdx.x % 2) acc.sums.sum *= 1.0000001f;\n    const int beside = thread - span.edges;",
     ),
-}  # fmt: skip
+}
 
 UNSEEN = {"skewed loads beyond the row"}  # what is read is thrown away: only AddressSanitizer can tell
 
