@@ -6,18 +6,10 @@ import importlib
 from pathlib import Path
 
 import pytest
+import test_triton_tail as tail  # modules: what is imported by name is collected here, too
+import test_triton_terms as terms
+import test_triton_tokens as tokens
 import torch
-from test_triton_tail import check_tail, test_what_a_target_may_hold
-from test_triton_terms import test_stages_as_eager, test_stats_as_eager
-from test_triton_tokens import (
-    test_clipped_token_survives_an_infinite_scale,
-    test_mean_over_several_targets,
-    test_objectives_at_hazards,
-    test_reduction,
-    test_several_inputs,
-    test_terms_at_hazards,
-    test_unread_token_has_logprob_zero,
-)
 from triton_cases import (
     DEVICE,
     Case,
@@ -203,36 +195,36 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     check_one_pass(Case("cross_entropy", 24, torch.float32))
     one_shot(monkeypatch, False)
     check_one_pass(Case("ppo", 51, torch.float32), False, padding=3)
-    test_objectives_at_hazards("importance_sampling", False)
-    test_objectives_at_hazards("ppo", True)
-    test_terms_at_hazards("k3", True)
-    test_several_inputs()
-    test_clipped_token_survives_an_infinite_scale()
-    for terms in (Terms(), Terms(entropy=True, entropy_coef=1.0)):
-        test_unread_token_has_logprob_zero(False, terms)
-    test_mean_over_several_targets()
-    test_reduction(3)
-    test_reduction(1)
+    tokens.test_objectives_at_hazards("importance_sampling", False)
+    tokens.test_objectives_at_hazards("ppo", True)
+    tokens.test_terms_at_hazards("k3", True)
+    tokens.test_several_inputs()
+    tokens.test_clipped_token_survives_an_infinite_scale()
+    for asked in (Terms(), Terms(entropy=True, entropy_coef=1.0)):
+        tokens.test_unread_token_has_logprob_zero(False, asked)
+    tokens.test_mean_over_several_targets()
+    tokens.test_reduction(3)
+    tokens.test_reduction(1)
     gradient = torch.tensor([[0.0, 2.0]], device=DEVICE)
     BACKEND.scale(gradient, torch.tensor([torch.inf], device=DEVICE))
     assert gradient.tolist() == [[0.0, torch.inf]]
-    test_stages_as_eager()
-    test_stats_as_eager(None, 3)
-    test_stats_as_eager(2.0, 1)
+    terms.test_stages_as_eager()
+    terms.test_stats_as_eager(None, 3)
+    terms.test_stats_as_eager(2.0, 1)
 
     one_shot(monkeypatch, True)
-    check_tail(5)
+    tail.check_tail(5)
     check_terms(terms_case("all of a policy", "ppo", 51, torch.float32), padding=3)
     check_terms(terms_case("smoothed", "cross_entropy", 37, torch.float32, 20))
     one_shot(monkeypatch, False)
     check_two_phase(Case("ppo", 101, torch.float32))
-    check_tail(131)
-    check_tail(72, terms=Terms(entropy=True))
+    tail.check_tail(131)
+    tail.check_tail(72, terms=Terms(entropy=True))
     check_terms(terms_case("capped smoothed", "cross_entropy", 131, torch.float32))
     check_terms(terms_case("smoothed", "cross_entropy", 1, torch.float32))
     check_terms(terms_case("capped entropy", "cross_entropy", 40, torch.float32, 5))
-    test_what_a_target_may_hold(40, False, None, monkeypatch)
-    test_what_a_target_may_hold(1, False, 3.0, monkeypatch)
+    tail.test_what_a_target_may_hold(40, False, None, monkeypatch)
+    tail.test_what_a_target_may_hold(1, False, 3.0, monkeypatch)
 
     case = Case("cross_entropy", 19, torch.float32)  # two levels of strides, with room for whoever gets them wrong
     room = torch.full((2, 4096), 7.0, device=DEVICE)

@@ -99,6 +99,8 @@ def test_stats_as_eager(softcap: float | None, num_targets: int) -> None:
 
     got, expected = run(BACKEND, DEVICE), run(EAGER, CPU)
     bad = expected[1].isnan()
+    if num_targets == 1:  # M of a row without any mass is -inf or the lowest number: NaN, or the same under a softcap
+        got, expected, bad = (t[..., torch.arange(7) != 2] for t in (got, expected, bad))
     torch.testing.assert_close(got[:, ~bad], expected[:, ~bad], rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got[1, bad].isnan().all()
 
@@ -159,8 +161,8 @@ def test_tanh() -> None:
     """Through stats: V = 1 has its squashed logit nowhere, V = 2 as the difference of two."""
     x = torch.cat((torch.linspace(-12, 12, 997), torch.logspace(-6, 0, 300)))
     logits = torch.stack((x, torch.zeros_like(x)), 1).to(DEVICE)
-    given = problem(torch.zeros(len(x), dtype=torch.int64), 2, "logprobs", softcap=1.0)
+    given = problem((x > 0).long(), 2, "logprobs", softcap=1.0)  # the smaller of the two
     _, logprobs, _ = BACKEND.objective(BACKEND.stats(logits, given), given, False)
     torch.testing.assert_close(
-        logprobs[0].cpu().double(), torch.nn.functional.logsigmoid(torch.tanh(x.double())), rtol=3e-7, atol=0
+        logprobs[0].cpu().double(), torch.nn.functional.logsigmoid(-torch.tanh(x.double()).abs()), rtol=3e-7, atol=0
     )
