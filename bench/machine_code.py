@@ -26,8 +26,6 @@ TRANSFORMS = ("Identity", "Softcap")  # of kernels with terms
 Code = list[tuple[int, str]]  # address, instruction
 Kernel = tuple[str, str, str, str]  # architecture, name, element type or '', transform or ''
 
-_TYPE = r"(?:f|NS_\d+[a-zA-Z]\w*?E)"
-
 
 def find_cuobjdump() -> str | None:
     """That of the triton package, else of the path."""
@@ -42,10 +40,11 @@ def read(cuobjdump: str, *arguments: object) -> str:
 
 def named(line: str) -> tuple[str, str, str] | None:
     """(kernel, element type, transform) of a line that names a function."""
-    m = re.search(rf"Function :? ?.*?\d([a-z_]+_kernel|probe)(?:I({_TYPE}*)E)?", line)
+    m = re.search(r"Function :? ?.*?\d([a-z_]+_kernel|probe)(I(f)?\S*)?", line)
     if not m:
         return None
-    types = [t[1] or "float" for t in re.finditer(r"f|NS_\d+([a-zA-Z0-9]+?)E", m[2] or "")]
+    types = ["float"] if m[3] else re.findall(r"\d([a-zA-Z][a-zA-Z0-9]*?)E", (m[2] or "").replace("IN", "EIN"))
+    types += re.findall("|".join(TRANSFORMS), m[2] or "")
     return m[1], next((t for t in types if t in WIDTH), ""), next((t for t in types if t in TRANSFORMS), "")
 
 

@@ -13,8 +13,8 @@ FL_HD float times(float a, float b) { return a == 0.f || b == 0.f ? 0.f : a * b;
 // A row's softmax, its single target kept apart from the rest: nothing cancels however sure the row is. With M the
 // largest z of the others, S = sum_{j != t} e^(z_j - M) and z_max = max(M, z_t):
 //
-//     rest = S e^(M - z_max)    own = e^(z_t - z_max)    1 - p_t = rest / (rest + own)    logp = z_t - z_max - log(rest
-//     + own)
+//     rest = S e^(M - z_max)    own = e^(z_t - z_max)    1 - p_t = rest / (rest + own)
+//     logp = z_t - z_max - log(rest + own)
 //
 // and where the target leads, own is 1 and log(rest + own) = log1p(rest). Of several targets none is kept apart: own is
 // 0.
@@ -47,7 +47,7 @@ FL_HD Softmax softmax_of(float distance, float sum, float moment) {
     const float half = expf(-0.5f * out.lead);
     out.rest = half * (half * sum);
     out.own = expf(out.behind);
-    out.moment = times(half, half * (moment - times(out.lead, sum))) + times(out.own, out.behind);
+    out.moment = times(half, times(half, moment - times(out.lead, sum))) + times(out.own, out.behind);
     out.total = out.rest + out.own;
     out.log_total = out.own == 1.f ? log1pf(out.rest) : logf(out.total);
     return out;
@@ -101,9 +101,10 @@ struct RowSeen {
     float spread;  // lse - zbar
 };
 
-// top: z(maximum). drift: sum_j z_j - top over all elements. vocab: the number of classes.
-FL_HD RowSeen row_seen(const Softmax& softmax, float logp, float whole, float top, float drift, int64_t vocab) {
-    return {logp, whole, top + softmax.lead + softmax.log_total, softmax.entropy(),
+// z_max: not by way of M + lead, which are large and nearly cancel where M is a mask. drift: sum_j z_j - M over all
+// elements. vocab: the number of classes.
+FL_HD RowSeen row_seen(float z_max, const Softmax& softmax, float logp, float whole, float drift, int64_t vocab) {
+    return {logp, whole, z_max + softmax.log_total, softmax.entropy(),
             softmax.log_total + softmax.lead - drift / static_cast<float>(vocab)};
 }
 

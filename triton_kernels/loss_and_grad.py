@@ -1,67 +1,85 @@
 """One pass: stats, objective and gradient of a row by one program, which makes its loss and writes its gradient.
 
-ONE_SHOT holds the row's exponentials in registers, for V <= LANES: one read, one write. A larger row is swept twice;
-the second sweep finds it in L2 as long as the rows in flight fit there, which the launch sees to by its grid.
+A plan that is `one_shot` holds the row in registers: one read, one write. A larger row is swept twice; the second sweep
+finds it in L2 as long as the rows in flight fit there, which the launch sees to by its grid.
 The gradient may lie over the logits: whatever is read of a row is read before the reduction that precedes its stores,
 except for the second sweep, in which each thread reads its own elements before it stores them.
 """
 
+import triton
 import triton.language as tl
 
-from .grad import (
-    any_of,
-    dense_factors,
-    dense_gradient,
-    store_ragged,
-    store_targets,
-    target_gradient,
-    targets_gradient,
-    write_body,
-    write_zeros,
-)
-from .objectives import token_loss
+from .plain_row import evaluate_plain
 from .rows import (
-    FLOOR,
-    LN2,
     LOG2E,
+    TEMPERATURE,
     VECTOR,
+    WEIGHTS,
     at,
     body_pointer,
     cut,
+    hole_of,
     in_vocab,
+    input_values,
     inverse_temperature,
     kernel,
-    logprob,
     number,
-    per_token,
     ragged_columns,
     row_offset,
+    side_columns,
+    term_values,
+    tile_mask,
 )
 from .softcap import squash, squash_tile, units
-from .stats import accumulate, load_ragged, load_tile, sweep
-from .terms import given_targets, is_any, merged_shares, row_loss, row_shares, row_targets, store_logprobs
+from .softmax import any_of, dense_factors, dense_gradient, distance_of, target_gradient
+from .sums import at_once, load_tile, sweep, with_side, with_target
+from .targets import (
+    given_targets,
+    is_any,
+    merged_shares,
+    row_shares,
+    row_targets,
+    store_per_target,
+)
+from .terms_row import evaluate_terms
+
+
+@triton.jit
+def write_body(logits, grad, length, top, scale, inverse_cap, dense, ROW: tl.constexpr, PLAN: tl.constexpr):
+    """The second sweep over a row's body: it lies in L2, and is not needed again."""
+    DEPTH: tl.constexpr = PLAN.depth // 2
+    LANES: tl.constexpr = PLAN.lanes
+    columns = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    full = length // (DEPTH * LANES) * (DEPTH * LANES)
+    for start in range(0, full, DEPTH * LANES):
+        y = squash(load_tile(logits + start + columns, None, "evict_first"), inverse_cap, ROW)
+        value = dense_gradient(y, top, scale, dense, ROW)
+        tl.store(grad + start + columns, value, eviction_policy="evict_first")
+    if full < length:
+        inside = columns < length - full
+        y = squash(load_tile(logits + full + columns, inside, "evict_first"), inverse_cap, ROW)
+        value = dense_gradient(y, top, scale, dense, ROW)
+        tl.store(grad + full + columns, value, mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def write_zeros(grad, length, TILE: tl.constexpr):
+    columns = tl.arange(0, TILE)
+    for start in range(0, length, TILE):
+        inside = columns < length - start
+        tl.store(grad + start + columns, tl.zeros([TILE], tl.float32), mask=inside, eviction_policy="evict_first")
 
 
 @kernel("logits", "grad")
 def loss_and_grad(
     logits,
     grad,
-    target_tokens,  # (N,), with terms (N, K)
-    logprobs,  # (N,), with terms (K + 1, N): then the entropy
+    logprobs,  # (N,), (K + 1, N) where the row is not plain: then the entropy
     row_losses,  # (N,)
-    inputs,
-    terms,  # columns: what `row_loss` takes, or nothing
-    shares,  # (N, K) or None
-    label_smoothing,
-    z_loss,
-    softcap,
-    weights,
-    temperature,
-    denominator,
-    inputs_vary: tl.int64,
-    terms_vary: tl.int64,
-    weights_stride: tl.int64,
-    temperature_stride: tl.int64,
+    token,
+    vary: tl.int64,
+    ignore_index: tl.int64,
+    num_targets: tl.int64,
     n: tl.int64,
     vocab: tl.int32,
     inner: tl.int64,
@@ -69,188 +87,114 @@ def loss_and_grad(
     inner_stride: tl.int64,
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
-    ignore_index: tl.int64,
-    num_targets: tl.int64,
     OBJECTIVE: tl.constexpr,
-    TARGETS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    KL_TYPE: tl.constexpr,
-    WEIGHTED_KL: tl.constexpr,
-    ALL_LOGPROBS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ONE_SHOT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    LANES: tl.constexpr,
+    ROW: tl.constexpr,
+    PLAN: tl.constexpr,
 ):
-    TERMS: tl.constexpr = TARGETS > 0
+    TILE: tl.constexpr = PLAN.depth * PLAN.lanes
+    SIDE: tl.constexpr = PLAN.ragged or ROW.single
     for row in range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0)):
-        weight = at(weights, weights_stride, row)
-        if TERMS:
-            target = row_targets(target_tokens, row, num_targets, TARGETS)
-            given = given_targets(target, num_targets, ignore_index, TARGETS)
-            read = is_any(given)
-            logp = tl.zeros([TARGETS], tl.float32)
-            entropy = 0.0
-        else:
-            target = tl.load(target_tokens + row).to(tl.int64)
-            read = target != ignore_index
-            logp = 0.0
+        weight = at(token.weights, vary, WEIGHTS, row)
+        target = row_targets(token, row, num_targets, ROW)
+        given = given_targets(target, num_targets, ignore_index, ROW)
+        read = is_any(given, ROW)
         active = read & (weight != 0)
-        if not ALL_LOGPROBS:
+        if not ROW.all_logprobs:
             read = active
         offset = row_offset(row, inner, outer_stride, inner_stride)
         grad_offset = row_offset(row, inner, grad_outer_stride, grad_inner_stride)
-        head, body = cut(offset, vocab, RAGGED)
+        head, body = cut(offset, vocab, PLAN)
         source = body_pointer(logits, offset, head, True)
-        destination = body_pointer(grad, grad_offset, head, ALIGNED)
+        destination = body_pointer(grad, grad_offset, head, PLAN.aligned)
 
         loss = 0.0
-        coefficient = 0.0
+        coefficients = 0.0
+        entropy = 0.0
+        logp = tl.zeros_like(target).to(tl.float32)
         if read:
             # per-token numbers first: their latency hides behind the sweep
             inside = in_vocab(target, vocab)
             target_logit = tl.load(logits + offset + target, mask=inside, other=float("nan")).to(tl.float32)
-            values = per_token(inputs, inputs_vary, row)
-            divisor = number(denominator)
-            inverse_t = inverse_temperature(at(temperature, temperature_stride, row))
-            unit, inverse_cap = units(inverse_t, softcap, CAPPED)
+            inputs = input_values(token, vary, row)
+            denominator = number(token.denominator)
+            inverse_t = inverse_temperature(at(token.temperature, vary, TEMPERATURE, row))
+            unit, inverse_cap = units(inverse_t, token.softcap, ROW)
             scale = LOG2E * unit
-            if TERMS:
-                term_values = per_token(terms, terms_vary, row)
-                share = row_shares(shares, row, num_targets, TARGETS)
-            if RAGGED:
-                ragged = load_ragged(logits, offset, head, body, vocab)
+            target_y = squash(target_logit, inverse_cap, ROW)
+            if not ROW.plain:
+                terms = term_values(token, vary, row)
+                share = row_shares(token, row, num_targets, ROW)
+            hole = hole_of(target, head, body, ROW)
+            if SIDE:
+                side, exists = side_columns(head, body, hole, vocab, ROW, PLAN)
+                counts = exists & (side != target) if ROW.single else exists
+                x = load_tile(logits + offset + side, counts, "evict_first")
 
-            if ONE_SHOT and not TERMS:
-                columns = tl.arange(0, LANES)
-                x = load_tile(source + columns, columns < body, "evict_first")
-                maximum = tl.maximum(tl.max(x, 0), FLOOR)
-                if RAGGED:
-                    maximum = tl.maximum(maximum, tl.max(ragged, 0))
-                e = tl.exp2((x - maximum) * scale)
-                total = tl.sum(e, 0)
-                if RAGGED:
-                    ragged = tl.exp2((ragged - maximum) * scale)
-                    total += tl.sum(ragged, 0)
+            if PLAN.one_shot:
+                columns = tl.arange(0, TILE)
+                swept = tile_mask(columns, 0, body, hole, ROW)
+                y = squash_tile(load_tile(source + columns, swept, "evict_first"), swept, inverse_cap, ROW)
+                side_y = squash_tile(x, counts, inverse_cap, ROW) if SIDE else y
+                sums, e = at_once(y, swept, side_y, counts if SIDE else swept, scale, ROW, SIDE)
             else:
-                if ONE_SHOT:
-                    columns = tl.arange(0, LANES)
-                    in_body = columns < body
-                    y = squash_tile(load_tile(source + columns, in_body, "evict_first"), in_body, inverse_cap, CAPPED)
-                    maximum, total, moment, spread, _e = accumulate(
-                        number(FLOOR), 0.0, 0.0, 0.0, 0, y, in_body, scale, ENTROPY, SMOOTHED
-                    )
-                else:
-                    _peak, maximum, total, moment, spread = sweep(
-                        source, body, scale, inverse_cap, DEPTH, LANES, "evict_last", ENTROPY, SMOOTHED, CAPPED
-                    )
-                if RAGGED:
-                    _columns, exists = ragged_columns(head, body, vocab)
-                    ragged = squash_tile(ragged, exists, inverse_cap, CAPPED)
-                    maximum, total, moment, spread, ragged_e = accumulate(
-                        maximum, total, moment, spread, body, ragged, exists, scale, ENTROPY, SMOOTHED
-                    )
-                    if not TERMS:
-                        ragged = ragged_e
+                sums = sweep(source, body, hole, scale, inverse_cap, "evict_last", ROW, PLAN)
+                if SIDE:
+                    sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW)
+            sums = with_target(sums, target_logit, target_y, scale, ROW)
 
-            if TERMS:
-                target_y = squash(target_logit, inverse_cap, CAPPED)
-                logp = tl.where(given, logprob(target_y, maximum, total, unit), 0.0)
-                x = tl.sum(tl.where(share != 0, share * logp, 0.0), 0)
-                whole = tl.sum(share, 0)
-                log_total = tl.log(total)
-                mean = moment * LN2 / total  # of z - z_max under p
-                if ENTROPY:
-                    entropy = log_total - mean
-                loss, g, h, zeta, s = row_loss(
+            distance = distance_of(target_y, sums.maximum, unit)
+            top = tl.maximum(sums.maximum, target_y) if ROW.single else sums.maximum
+            if ROW.plain:
+                found = evaluate_plain(distance, sums, active, weight, denominator, inputs, OBJECTIVE)
+            else:
+                found = evaluate_terms(
+                    distance,
+                    given,
+                    share,
+                    sums,
+                    top * unit,
                     active,
-                    x,
-                    whole,
-                    maximum * unit + log_total,
-                    entropy,
-                    log_total - spread * LN2 / vocab,
                     weight,
-                    divisor,
-                    values,
-                    term_values,
-                    label_smoothing,
-                    z_loss,
+                    denominator,
+                    inputs,
+                    terms,
+                    vocab,
                     OBJECTIVE,
-                    ENTROPY,
-                    SMOOTHED,
-                    KL_TYPE,
-                    WEIGHTED_KL,
+                    ROW,
                 )
-                by = (g, h, zeta, s)
-                coefficient = any_of(by)
-                if coefficient != 0:
-                    a, b, c = dense_factors(by, whole, mean, total, inverse_t, vocab)
-                    if ONE_SHOT:
-                        value = dense_gradient(y, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
-                        tl.store(destination + columns, value, mask=in_body, eviction_policy="evict_first")
+            loss, logp, entropy = found.loss, found.logp, found.entropy
+            coefficients = any_of(found.by)
+            if coefficients != 0:
+                softmax = found.softmax
+                dense = dense_factors(found.by, found.whole, softmax, inverse_t)
+                if PLAN.one_shot:
+                    if ROW.plain:
+                        value = e * (softmax.half * (softmax.half * dense.a))
                     else:
-                        write_body(
-                            source,
-                            destination,
-                            body,
-                            maximum,
-                            scale,
-                            inverse_cap,
-                            a,
-                            b,
-                            c,
-                            DEPTH // 2,
-                            LANES,
-                            ENTROPY,
-                            SMOOTHED,
-                            CAPPED,
-                        )
-                    if RAGGED:
-                        value = dense_gradient(ragged, maximum, scale, a, b, c, ENTROPY, SMOOTHED, CAPPED)
-                        store_ragged(grad, grad_offset, head, body, vocab, value)
-                    merged = merged_shares(target, share, target_tokens, shares, row, num_targets, TARGETS)
-                    value = targets_gradient(
-                        by, target_y, merged, whole, mean, maximum, total, scale, inverse_t, vocab, CAPPED
-                    )
-                    store_targets(grad, grad_offset, target, inside & (share != 0), value)
-            else:
-                logp = logprob(target_logit, maximum, total, inverse_t)
-                loss, coefficient = token_loss(active, logp, weight, divisor, values, OBJECTIVE)
-                if coefficient != 0:
-                    factor = -(coefficient * inverse_t / total)
-                    if ONE_SHOT:
-                        tl.store(destination + columns, e * factor, mask=columns < body, eviction_policy="evict_first")
-                    else:
-                        write_body(
-                            source,
-                            destination,
-                            body,
-                            maximum,
-                            scale,
-                            1.0,
-                            factor,
-                            0.0,
-                            0.0,
-                            DEPTH // 2,
-                            LANES,
-                            False,
-                            False,
-                            False,
-                        )
-                    if RAGGED:
-                        store_ragged(grad, grad_offset, head, body, vocab, ragged * factor)
-                    value = target_gradient(coefficient, inverse_t, target_logit, maximum, total, scale)
-                    store_targets(grad, grad_offset, target, inside, value)
+                        value = dense_gradient(y, top, scale, dense, ROW)
+                    tl.store(destination + columns, value, mask=columns < body, eviction_policy="evict_first")
+                else:
+                    write_body(source, destination, body, top, scale, inverse_cap, dense, ROW, PLAN)
+                slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
+                merged = 1.0 if ROW.plain else merged_shares(token, row, target, share, num_targets, ROW)
+                mean = softmax.moment / softmax.total
+                own = target_gradient(found.by, merged, found.whole, found.target, mean) * slope
+                if SIDE:
+                    value = dense_gradient(squash(x, inverse_cap, ROW), top, scale, dense, ROW)
+                    if ROW.single:
+                        value = tl.where(side == target, own, value)
+                        tl.debug_barrier()  # other threads of this program have stored into the hole
+                    tl.store(grad + grad_offset + side, value, mask=exists)
+                if not ROW.single:
+                    tl.debug_barrier()
+                    tl.store(grad + grad_offset + target, own, mask=inside & (share != 0))
 
-        if coefficient == 0:
-            write_zeros(destination, body, DEPTH * LANES)
-            if RAGGED:
-                store_ragged(grad, grad_offset, head, body, vocab, tl.zeros([2 * VECTOR], tl.float32))
-        if TERMS:
-            store_logprobs(logprobs, row, n, logp, entropy, num_targets, TARGETS)
-        else:
-            tl.store(logprobs + row, logp)
+        if coefficients == 0:
+            write_zeros(destination, body, TILE)
+            if PLAN.ragged:
+                columns, exists = ragged_columns(head, body, vocab)
+                tl.store(grad + grad_offset + columns, tl.zeros([2 * VECTOR], tl.float32), mask=exists)
+        store_per_target(logprobs, row, n, logp, num_targets, ROW)
+        if not ROW.plain:
+            tl.store(logprobs + num_targets * n + row, entropy)
         tl.store(row_losses + row, loss)

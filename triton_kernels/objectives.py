@@ -2,10 +2,11 @@
 
 An objective maps logp, the logprob of the target token under the policy being trained, and the token's inputs to
 (loss, g = dloss/dlogp). It works on one token or on a block of them, so it selects and never branches. logp is in
-[-inf, 0]: a NaN row is NaN whatever its loss (`token_loss`). The functions of csrc/objectives.h, value for value.
+[-inf, 0]: a NaN row is NaN whatever its loss (plain_row.py, terms.py). The functions of csrc/objectives.h, value for
+value.
 
 To add a loss: write its function here under its name in OBJECTIVES of fused_losses/objectives.py, inputs in that order;
-those that a call leaves out at the end are +inf.
+limits that a call leaves out are +inf.
 """
 
 import triton
@@ -109,15 +110,6 @@ def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, clamp):
 
 
 @triton.jit
-def scaled(derivative, active, weight, denominator):
+def scaled(derivative, active, factor):
     """A coefficient. A derivative of 0 (a clipped token) must survive an infinite weight / denominator."""
-    return tl.where(active & (derivative != 0), derivative * tl.div_rn(weight, denominator), 0.0)
-
-
-@triton.jit
-def token_loss(active, logp, weight, denominator, inputs, OBJECTIVE: tl.constexpr):
-    """(weight * loss, coefficient = weight * g / denominator). Both exactly 0 for an inactive token: selected, never
-    multiplied, so that NaN and inf in it stay there."""
-    loss, g = OBJECTIVE(logp, *inputs)
-    loss, g = nan_unless(logp == logp, loss, g)
-    return tl.where(active, weight * loss, 0.0), scaled(g, active, weight, denominator)
+    return tl.where(active & (derivative != 0), derivative * factor, 0.0)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language import core
 
+from .records import TermColumns
+
 VECTOR = tl.constexpr(8)  # elements: 16 bytes of bfloat16; the tiles are multiples of it
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: a finite floor for maxima, as -inf - -inf is NaN
 LOWEST = tl.constexpr(-1000.0)  # of log2 e_j where it meets e_j, which is 0 there: 0 * -inf is NaN
@@ -23,8 +25,7 @@ def kernel(*pointers):
     """triton.jit of a kernel that is specialised on types, on constexpr arguments and on the alignment of `pointers`.
     Any other value (N, strides, thresholds, the place of a column) may change from call to call without recompiling.
 
-    What is in a tuple is always specialised on: floats by type alone, but integers by value and pointers by alignment.
-    So tuples hold floats and pointers to 16-byte boundaries, and no strides: see `per_token`."""
+    What is in a tuple is always specialised on: see `Token` in records.py."""
 
     def jit(function):
         parameters = inspect.signature(function).parameters.values()
@@ -42,9 +43,10 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def cut(offset, vocab, RAGGED: tl.constexpr):
+def cut(offset, vocab, PLAN: tl.constexpr):
     """(head, body): `head` ragged elements, then `body` elements in whole vectors, then the rest."""
-    if RAGGED:
+    vocab = core.to_tensor(vocab)  # the interpreter of Triton 3.7 leaves it an integer, which tl.minimum refuses
+    if PLAN.ragged:
         head = tl.minimum((VECTOR - offset % VECTOR) % VECTOR, vocab).to(tl.int32)
         body = (vocab - head) // VECTOR * VECTOR
     else:
@@ -63,6 +65,16 @@ def body_pointer(data, offset, head, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def hole_of(target, head, body, ROW: tl.constexpr):
+    """Where in the body the vector begins that holds the single target; `body` where none does."""
+    if ROW.single:
+        place = target - head
+        return tl.where((place >= 0) & (place < body), place // VECTOR * VECTOR, body).to(tl.int32)
+    else:
+        return body
+
+
+@triton.jit
 def ragged_columns(head, body, vocab):
     """The columns outside the body, and which of them exist."""
     i = tl.arange(0, 2 * VECTOR)
@@ -71,42 +83,85 @@ def ragged_columns(head, body, vocab):
 
 
 @triton.jit
-def tile_columns(DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """A [DEPTH, LANES] tile of consecutive columns. A lane stays in one thread: no barrier to reduce over DEPTH."""
+def side_columns(head, body, hole, vocab, ROW: tl.constexpr, PLAN: tl.constexpr):
+    """The columns that the sweep of a body leaves out, and which of them exist: those outside the body, and the vector
+    that holds a single target. Masking this by whole vectors is what keeps 128-bit accesses."""
+    if not PLAN.ragged:
+        place = hole + tl.arange(0, VECTOR)
+        return place, place < body
+    elif not ROW.single:
+        return ragged_columns(head, body, vocab)
+    else:
+        i = tl.arange(0, 4 * VECTOR)
+        place = hole + i - 2 * VECTOR
+        columns = tl.where(i < VECTOR, i, tl.where(i < 2 * VECTOR, i - VECTOR + head + body, head + place))
+        in_hole = (i < 3 * VECTOR) & (place < body)
+        exists = tl.where(i < VECTOR, columns < head, tl.where(i < 2 * VECTOR, columns < vocab, in_hole))
+        return columns, exists != 0  # where of flags is no flag in the interpreter
+
+
+@triton.jit
+def tile_columns(PLAN: tl.constexpr):
+    """A [depth, lanes] tile of consecutive columns. A lane stays in one thread: no barrier to reduce over depth."""
+    DEPTH: tl.constexpr = PLAN.depth
+    LANES: tl.constexpr = PLAN.lanes
     return tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def at(column, stride, row, mask=None):
-    """A per-token float: a strided array (stride 0 broadcasts), or one number for all tokens."""
+def tile_mask(columns, start, length, hole, ROW: tl.constexpr):
+    """Which of a tile's columns, `start` being where it begins, are swept."""
+    inside = columns < length - start
+    if ROW.single:
+        inside = inside & (columns // VECTOR != (hole - start) // VECTOR)
+    return inside
+
+
+# The places of columns in `vary`, a bit each; the terms' follow the inputs'.
+WEIGHTS = tl.constexpr(0)
+TEMPERATURE = tl.constexpr(1)
+UPSTREAM = tl.constexpr(2)
+INPUTS = tl.constexpr(3)
+
+
+@triton.jit
+def at(column, vary, place, row, inside=None):
+    """The value of a column for a token, or for a block of them. Its bit in `vary` is set if it has one for each."""
     column = core.to_tensor(column)  # a number stays Python's float in the interpreter
     if column.dtype.is_ptr():
-        return tl.load(column + row * stride.to(tl.int64), mask=mask)
-    else:
+        column = tl.load(column + row * ((vary.to(tl.int64) >> place) & 1), mask=inside)
+    if inside is None:
         return column
+    else:
+        return tl.broadcast_to(column, row.shape)  # numbers, too: the interpreter fails at scalar & block
 
 
 @triton.jit
-def block(column, stride, row, inside):
-    """A column for a block of tokens, numbers included: the interpreter fails at scalar & block."""
-    return tl.broadcast_to(at(column, stride, row, inside), row.shape)
-
-
-@triton.jit
-def per_token(columns, vary, row, inside=None):
-    """The values of a tuple of columns for a token, or for a block of them. A column is a number, an array with a value
-    for each token (its bit in `vary` is set) or an array of one."""
+def input_values(token, vary, row, inside=None):
     values = ()
-    for i in tl.static_range(len(columns)):
-        stride = (vary.to(tl.int64) >> i) & 1
-        value = at(columns[i], stride, row) if inside is None else block(columns[i], stride, row, inside)
-        values = values + (value,)  # noqa: RUF005  (Triton knows no star in a tuple)
+    for i in tl.static_range(len(token.inputs)):
+        values = values + (at(token.inputs[i], vary, INPUTS + i, row, inside),)  # noqa: RUF005  (no star in Triton)
     return values
 
 
 @triton.jit
+def term_values(token, vary, row, inside=None):
+    terms = token.terms
+    first = INPUTS + len(token.inputs)
+    return TermColumns(
+        at(terms.importance_weights, vary, first, row, inside),
+        at(terms.ref_logprobs, vary, first + 1, row, inside),
+        at(terms.kl_coef, vary, first + 2, row, inside),
+        at(terms.entropy_coef, vary, first + 3, row, inside),
+        at(terms.log_ratio_clamp, vary, first + 4, row, inside),
+        at(terms.label_smoothing, vary, first, row, inside),  # a number: no bit is looked at
+        at(terms.z_loss, vary, first, row, inside),
+    )
+
+
+@triton.jit
 def number(x):
-    """A float, given as such or as a tensor of one element."""
+    """A float, given as such or as an array of one."""
     x = core.to_tensor(x)
     if x.dtype.is_ptr():
         return tl.load(x)
@@ -123,11 +178,3 @@ def inverse_temperature(temperature):
 @triton.jit
 def in_vocab(target, vocab):
     return (target >= 0) & (target < vocab)
-
-
-@triton.jit
-def logprob(target_logit, maximum, total, unit):
-    """NaN for a row that holds NaN or +inf, is all -inf, or has its target outside [0, V). A row that was not read
-    (0, 1, 0) gives 0 whatever its temperature. `unit` is 1 / temperature, but for a softcap (softcap.py)."""
-    distance = target_logit - maximum
-    return tl.where(distance == 0, 0.0, distance * unit) - tl.log(total)

@@ -5,6 +5,7 @@ Kernels work on y = tanh(logit / softcap), of which z is the multiple `unit`; wi
 
 import triton
 import triton.language as tl
+from triton.language import core
 
 from .rows import LOG2E
 
@@ -23,26 +24,27 @@ def tanh(u):
 
 
 @triton.jit
-def units(inverse_t, softcap, CAPPED: tl.constexpr):
+def units(inverse_t, softcap, ROW: tl.constexpr):
     """(unit, 1 / softcap)"""
-    if CAPPED:
+    if ROW.capped:
+        softcap = core.to_tensor(softcap)
         return inverse_t * softcap, tl.div_rn(1.0, softcap)
     else:
         return inverse_t, 1.0
 
 
 @triton.jit
-def squash(x, inverse_cap, CAPPED: tl.constexpr):
-    if CAPPED:
+def squash(x, inverse_cap, ROW: tl.constexpr):
+    if ROW.capped:
         return tanh(x * inverse_cap)
     else:
         return x
 
 
 @triton.jit
-def squash_tile(x, inside, inverse_cap, CAPPED: tl.constexpr):
+def squash_tile(x, inside, inverse_cap, ROW: tl.constexpr):
     """What lies outside the row stays -inf, which a softcap would make finite."""
-    if CAPPED:
+    if ROW.capped:
         y = tanh(x * inverse_cap)
         if inside is None:
             return y

@@ -87,7 +87,8 @@ class TermsRow {
             logprobs.target(row_, k) = logp;
             if (counts) x += share * logp;
         }
-        const RowSeen seen = row_seen(softmax, x, whole(), level(maximum_) * scale_, drift_, problem.vocab);
+        const float top = level(softmax.lead > 0.f ? scratch_.logits[0] : maximum_);
+        const RowSeen seen = row_seen(top * scale_, softmax, x, whole(), drift_, problem.vocab);
         logprobs.entropy(row_) = problem.terms.entropy ? seen.entropy : 0.f;
         return terms_loss(problem, row_, seen, problem.denominator.at(0));
     }

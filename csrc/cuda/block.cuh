@@ -2,7 +2,7 @@
 // commutes. The order is fixed, so results repeat bitwise.
 #pragma once
 
-#include "sweep.cuh"
+#include "sums.cuh"
 
 namespace fused_losses {
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ T warp_sum(T x) {
 
 __device__ __forceinline__ Sum warp_sum(const Sum& x) { return {warp_sum(x.sum)}; }
 __device__ __forceinline__ Moments warp_sum(const Moments& x) {
-    return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.linear), warp_sum(x.count)};
+    return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.drift), warp_sum(x.count)};
 }
 
 // All sums end up relative to the one maximum, then they are added.
@@ -32,33 +32,26 @@ __device__ __forceinline__ Online<Sums> warp_sum(Online<Sums> x, const Z& z) {
     return x;
 }
 
-// One barrier per reduction. Two sets of partials take turns: a warp that is already in the next reduction must not
-// overwrite what a slower one still reads, and nobody is two ahead, because of the barrier in between.
 template <class T>
-class BlockReduce {
-  public:
-    struct Shared {
-        T partials[2][kWarp];
-    };
-
-    __device__ explicit BlockReduce(Shared& shared) : shared_(shared) {}
-
-    // reduce: over a warp, T -> T. identity: of lanes that have no warp's partial to contribute.
-    template <class Reduce>
-    __device__ __forceinline__ T operator()(T x, T identity, Reduce reduce) {
-        T* partials = shared_.partials[turn_];
-        turn_ = !turn_;
-        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-        x = reduce(x);
-        if (lane == 0) partials[warp] = x;
-        __syncthreads();
-        if (lane < warps) identity = partials[lane];
-        return reduce(identity);
-    }
-
-  private:
-    Shared& shared_;
-    bool turn_ = false;
+struct Partials {
+    T of_warps[2][kWarp];
 };
+
+// reduce: over a warp, T -> T. identity: of lanes that have no warp's partial to contribute.
+//
+// One barrier. Two sets of partials take turns: a warp that is already in the next reduction must not overwrite what a
+// slower one still reads, and nobody is two ahead, because of the barrier in between. turn: 0 at first, the same for
+// all reductions of a kernel, as one of another kind is such a barrier, too.
+template <class T, class Reduce>
+__device__ __forceinline__ T block_reduce(Partials<T>& shared, int& turn, T x, T identity, Reduce reduce) {
+    T* partials = shared.of_warps[turn];
+    turn ^= 1;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    x = reduce(x);
+    if (lane == 0) partials[warp] = x;
+    __syncthreads();
+    if (lane < warps) identity = partials[lane];
+    return reduce(identity);
+}
 
 }  // namespace fused_losses

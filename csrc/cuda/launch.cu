@@ -1,17 +1,16 @@
-// The `launch` of bindings.h: which kernel runs, with how many threads and blocks. The kernels are correct for any
-// block of whole warps and any grid; what is chosen here is speed.
+// The `launch` of launch.h: which kernel runs, with how many threads and blocks. The kernels are correct for any block
+// of whole warps and any grid; what is chosen here is speed.
 #include <limits.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "../launch.h"
 #include "device.h"
-#include "grad.cuh"
-#include "loss_and_grad.cuh"
-#include "objective.cuh"
+#include "kernels.cuh"
 #include "scale.cuh"
-#include "stats.cuh"
+#include "tokens.cuh"
 
 namespace fused_losses {
 
@@ -22,28 +21,29 @@ struct Shape {
     int64_t blocks;
 };
 
+// How many threads a row gets decides in which order it is summed: it may depend on V, the element type and the device,
+// never on N, so that a token's numbers are the same in every batch. N only limits the number of blocks.
+//
 // resident: threads that a multiprocessor holds, whatever the kernel; __launch_bounds__ with as many sees to that. At
 // most resident / share per row and max_rows rows at a time. A thread for every 32 elements suffices: a small
 // vocabulary gets small blocks, and more of them.
-Shape shape(int64_t n, int64_t vocab, int resident, int share, int64_t max_rows) {
-    if (vocab > INT_MAX) throw std::runtime_error("fused_losses: a vocabulary of 2^31 or more is not supported");
-    const int threads = static_cast<int>(std::min<int64_t>((vocab / (32 * kWarp) + 1) * kWarp, resident / share));
-    const int64_t rows = std::min<int64_t>(resident / threads, max_rows);
-    return {threads, std::min(n, rows * device_limits().multiprocessors)};
+Shape shape(const Rows& rows, int resident, int share, int64_t max_rows) {
+    if (rows.vocab > INT_MAX) throw std::runtime_error("fused_losses: a vocabulary of 2^31 or more is not supported");
+    const int threads = static_cast<int>(std::min<int64_t>((rows.vocab / (32 * kWarp) + 1) * kWarp, resident / share));
+    const int64_t at_a_time = std::min<int64_t>(resident / threads, max_rows) * device_limits().multiprocessors;
+    return {threads, std::min(rows.n, at_a_time)};
 }
 
 // Every row is read once, or not to be found in a cache anyway.
-Shape stream_shape(int64_t n, int64_t vocab, int resident = kMaxThreads) {
-    return shape(n, vocab, resident, 2, resident);
-}
+Shape stream_shape(const Rows& rows, int resident) { return shape(rows, resident, 2, resident); }
 
 // Rows are swept twice: those in flight should stay under half of L2. Never less than one per multiprocessor, though:
 // an idle one loses more than a second read of DRAM. Fewer rows at a time get more threads each.
-Shape two_sweep_shape(int64_t n, int64_t vocab, int64_t element_bytes, int resident = kMaxThreads) {
+Shape two_sweep_shape(const Rows& rows, int64_t element_bytes, int resident) {
     const DeviceLimits limits = device_limits();
-    const int64_t row_bytes = std::max<int64_t>(vocab * element_bytes, 1) * limits.multiprocessors;
-    const int64_t rows = std::max<int64_t>((limits.l2_bytes / 2 + row_bytes / 2) / row_bytes, 1);
-    return shape(n, vocab, resident, rows == 1 ? 1 : rows < 4 ? 2 : 4, rows);
+    const int64_t row_bytes = std::max<int64_t>(rows.vocab * element_bytes, 1) * limits.multiprocessors;
+    const int64_t max_rows = std::max<int64_t>((limits.l2_bytes / 2 + row_bytes / 2) / row_bytes, 1);
+    return shape(rows, resident, max_rows == 1 ? 1 : max_rows < 4 ? 2 : 4, max_rows);
 }
 
 template <class Visit>
@@ -56,107 +56,78 @@ void for_type(DType dtype, Visit visit) {
     throw std::runtime_error("fused_losses: unknown dtype");
 }
 
+template <class Kind>
+struct Of {
+    using Row = Kind;
+};
+
 // A tanh per element costs as much as all the rest: kernels of their own.
 template <class Visit>
-void for_transform(const Terms& terms, Visit visit) {
-    return terms.softcap != 0.f ? visit(Softcap{}) : visit(Identity{});
+void for_row(bool plain, const Transform& transform, Visit visit) {
+    if (plain) return visit(Of<PlainRow>{});
+    return transform.softcap != 0.f ? visit(Of<TermsRow<Softcap>>{}) : visit(Of<TermsRow<Identity>>{});
 }
 
-// Both are one small block: N is small beside N * V.
-void start_normaliser(const Tokens& tokens, int64_t n, float* row_losses, uintptr_t stream) {
-    start(normaliser_kernel, 1, kMaxThreads, sizeof(BlockReduce<double>::Shared), stream,
-          NormaliserParams{tokens, n, row_losses});
+template <class Visit>
+void for_type_and_row(DType dtype, bool plain, const Transform& transform, Visit visit) {
+    for_type(dtype, [&](auto element) { for_row(plain, transform, [&](auto kind) { visit(element, kind); }); });
 }
 
-void start_total(const Column& denominator, bool mean, int64_t n, float* row_losses, float* loss, uintptr_t stream) {
-    start(total_kernel, 1, kMaxThreads, sizeof(BlockReduce<double>::Shared), stream,
-          TotalParams{denominator, mean, n, row_losses, loss});
+// One small block: N is small beside N * V.
+template <class Params>
+void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
+    start(kernel, 1, kMaxThreads, sizeof(Partials<double>), stream, params);
 }
 
 }  // namespace
 
-void launch(const LossAndGradParams& p, const Terms* terms, uintptr_t stream) {
-    const int64_t n = p.logits.n;
-    if (p.mean) start_normaliser(p.tokens, n, p.row_losses, stream);
-    if (n > 0) {
-        for_type(p.dtype, [&](auto element) {
+void launch(const LossAndGradParams& p, uintptr_t stream) {
+    if (p.logits.n > 0)
+        for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
-            if (!terms) {
-                const Shape s = two_sweep_shape(n, p.vocab, sizeof(T));
-                return start(loss_and_grad_kernel<T>, s.blocks, s.threads, sizeof(BlockReduce<Online<Sum>>::Shared),
-                             stream, p);
-            }
-            for_transform(*terms, [&](auto z) {
-                using Z = decltype(z);
-                const Shape s = two_sweep_shape(n, p.vocab, sizeof(T), Z::kThreads);
-                start(terms_loss_and_grad_kernel<T, Z>, s.blocks, s.threads, sizeof(TermsShared), stream,
-                      WithTerms<LossAndGradParams>{p, *terms});
-            });
+            using Row = typename decltype(kind)::Row;
+            const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
+            start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
-    }
-    start_total(p.denominator, p.mean, n, p.row_losses, p.loss, stream);
+    start_sum(total_kernel, stream, TotalParams{p.logits.n, p.row_losses, p.problem.denominator, p.loss});
 }
 
-void launch(const StatsParams& p, const Terms* terms, uintptr_t stream) {
-    const int64_t n = p.logits.n;
-    if (n == 0) return;
-    for_type(p.dtype, [&](auto element) {
-        using T = decltype(element);
-        if (!terms) {
-            const Shape s = stream_shape(n, p.vocab);
-            return start(stats_kernel<T>, s.blocks, s.threads, sizeof(BlockReduce<Online<Sum>>::Shared), stream, p);
-        }
-        for_transform(*terms, [&](auto z) {
-            using Z = decltype(z);
-            const Shape s = stream_shape(n, p.vocab, Z::kThreads);
-            start(terms_stats_kernel<T, Z>, s.blocks, s.threads, sizeof(BlockReduce<Online<Moments>>::Shared), stream,
-                  WithTerms<StatsParams>{p, *terms});
-        });
+void launch(const StatsParams& p, uintptr_t stream) {
+    if (p.logits.n == 0) return;
+    for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
+        using Row = typename decltype(kind)::Row;
+        const Shape s = stream_shape(p.logits, Row::kThreads);
+        start(stats_kernel<decltype(element), Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
     });
 }
 
-void launch(const ObjectiveParams& p, const Terms* terms, uintptr_t stream) {
-    constexpr int kRowThreads = 128;
-    if (p.loss && p.mean) start_normaliser(p.tokens, p.n, p.row_losses, stream);
-    if (p.n > 0 || !p.loss) {  // without a reduction, the kernel writes the denominator
-        const int64_t needed = std::max<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 1);
-        const int64_t blocks = std::min<int64_t>(needed, 8 * device_limits().multiprocessors);
-        if (!terms)
-            start(objective_kernel, blocks, kRowThreads, 0, stream, p);
-        else
-            for_transform(*terms, [&](auto z) {
-                start(terms_objective_kernel<decltype(z)>, blocks, kRowThreads, 0, stream,
-                      WithTerms<ObjectiveParams>{p, *terms});
-            });
+void launch(const ObjectiveParams& p, uintptr_t stream) {
+    if (p.n > 0) {
+        const int64_t blocks =
+            std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);
+        for_row(p.problem.plain, p.problem.transform, [&](auto kind) {
+            start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, 0, stream, p);
+        });
     }
-    if (p.loss) start_total(p.denominator, p.mean, p.n, p.row_losses, p.loss, stream);
+    if (p.loss) start_sum(total_kernel, stream, TotalParams{p.n, p.row_losses, p.problem.denominator, p.loss});
 }
 
-void launch(const GradParams& p, const Terms* terms, uintptr_t stream) {
-    const int64_t n = p.logits.n;
-    if (n == 0) return;
-    for_type(p.dtype, [&](auto element) {
-        using T = decltype(element);
-        if (!terms) {
-            const Shape s = stream_shape(n, p.vocab);
-            return start(grad_kernel<T>, s.blocks, s.threads, 0, stream, p);
-        }
-        for_transform(*terms, [&](auto z) {
-            using Z = decltype(z);
-            const Shape s = stream_shape(n, p.vocab, Z::kThreads);
-            start(terms_grad_kernel<T, Z>, s.blocks, s.threads, sizeof(BlockReduce<TargetSums>::Shared), stream,
-                  WithTerms<GradParams>{p, *terms});
-        });
+void launch(const GradParams& p, uintptr_t stream) {
+    if (p.logits.n == 0) return;
+    for_type_and_row(p.logits.dtype, p.plain, p.transform, [&](auto element, auto kind) {
+        using Row = typename decltype(kind)::Row;
+        const Shape s = stream_shape(p.logits, Row::kThreads);
+        start(grad_kernel<decltype(element), Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
     });
 }
 
 void launch(const ScaleParams& p, uintptr_t stream) {
     if (p.grad.n == 0) return;
-    const Shape s = stream_shape(p.grad.n, p.vocab);
-    for_type(p.dtype, [&](auto element) {
-        using T = decltype(element);
-        start(scale_kernel<T>, s.blocks, s.threads, 0, stream, p);
-    });
+    const Shape s = stream_shape(p.grad, kMaxThreads);
+    for_type(p.grad.dtype,
+             [&](auto element) { start(scale_kernel<decltype(element)>, s.blocks, s.threads, 0, stream, p); });
 }
+
+void launch(const NormaliserParams& p, uintptr_t stream) { start_sum(normaliser_kernel, stream, p); }
 
 }  // namespace fused_losses

@@ -1,7 +1,7 @@
 // A finished gradient times the upstream gradient.
 #pragma once
 
-#include "softmax.cuh"
+#include "row.cuh"
 
 namespace fused_losses {
 
@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kMaxThreads) scale_kernel(const __grid_constan
     for (int64_t row = blockIdx.x; row < p.grad.n; row += gridDim.x) {
         T* grad = row_pointer<T>(p.grad, row);
         // Zeros stay: the gradient of a masked token is 0 for an infinite scale, too.
-        map_row(grad, grad, static_cast<int>(p.vocab), [=](float x) { return x == 0.f ? x : x * scale; });
+        map_row(grad, grad, static_cast<int>(p.grad.vocab), [=](float x) { return x == 0.f ? x : x * scale; });
     }
 }
 

@@ -20,6 +20,7 @@ struct Identity {
     static __device__ __forceinline__ Identity of(float, float inverse_temperature) { return {inverse_temperature}; }
     __device__ __forceinline__ float level(float x) const { return x; }
     __device__ __forceinline__ float slope(float) const { return 1.f; }  // dz/dx times the temperature
+    __device__ __forceinline__ float inverse_temperature() const { return scale; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
 };
 
@@ -39,13 +40,14 @@ __device__ __forceinline__ float accurate_tanh(float u) {
 // z = softcap tanh(x / softcap) / temperature
 struct Softcap {
     static constexpr int kThreads = 640;
-    float scale, inverse_softcap;
+    float scale, inverse_softcap, inverse_t;
 
     static __device__ __forceinline__ Softcap of(float softcap, float inverse_temperature) {
-        return {softcap * inverse_temperature, 1.f / softcap};
+        return {softcap * inverse_temperature, 1.f / softcap, inverse_temperature};
     }
     __device__ __forceinline__ float level(float x) const { return accurate_tanh(x * inverse_softcap); }
     __device__ __forceinline__ float slope(float level) const { return 1.f - level * level; }
+    __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
 };
 

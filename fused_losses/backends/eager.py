@@ -11,7 +11,7 @@ from ..objectives import Objective, constant
 from ..problem import Coefficients, Column, Problem, Stats, Targets, Transform
 from ..terms import Seen, row_loss, times
 
-_FLOAT_MIN = torch.finfo(torch.float32).min
+_FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 _LOWEST = -1000.0  # of z_j - z_max where it meets e_j, which is 0 there: 0 * -inf is NaN
 
 
@@ -67,11 +67,11 @@ class Eager:
         # the target again, as a softcap makes -inf finite
         shown = distance.scatter(1, inside, -torch.inf) if single else distance
         e = torch.exp(shown)
-        rows = [maximum, e.sum(-1), *target.unbind(1)]
+        rows = [maximum, _row_sums(e), *target.unbind(1)]
         if not problem.plain:
             zero = torch.zeros_like(maximum)
-            rows.append((e * shown.clamp(min=_LOWEST)).sum(-1) if terms.entropy else zero)
-            rows.append(distance.sum(-1) if terms.label_smoothing != 0 else zero)
+            rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
+            rows.append(_row_sums(distance) if terms.label_smoothing != 0 else zero)
         read = _reads(problem)
         return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
 
@@ -94,7 +94,9 @@ class Eager:
             zero = torch.zeros_like(like)
             entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero
             logprobs = torch.cat((logp, entropy[None]))
-            lse = _capped(stats.maximum, transform) * _inverse_temperature(transform, like) + softmax.lead
+            # not maximum + lead, which loses the target over others that are masked by -FLT_MAX
+            largest = stats.targets[0].where(softmax.lead > 0, stats.maximum)
+            lse = _capped(largest, transform) * _inverse_temperature(transform, like)
             spread = softmax.log_total + softmax.lead - stats.drift / problem.vocab
             whole: Tensor | float = 1.0
             x = logp[0]
@@ -103,8 +105,14 @@ class Eager:
                 x = (shares * logp).where(shares != 0, 0.0).sum(0)
                 whole = shares.sum(0)
             seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
-            columns = {name: constant(getattr(terms, name), like) for name in _COLUMNS}
-            losses, *by, s = row_loss(objective.formula, seen, inputs, terms._replace(**columns))
+            terms = terms._replace(
+                importance_weights=constant(terms.importance_weights, like),
+                ref_logprobs=constant(terms.ref_logprobs, like),
+                kl_coef=constant(terms.kl_coef, like),
+                entropy_coef=constant(terms.entropy_coef, like),
+                log_ratio_clamp=constant(terms.log_ratio_clamp, like),
+            )
+            losses, *by, s = row_loss(objective.formula, seen, inputs, terms)
             derivatives = torch.stack([d.expand_as(like) for d in (*by, s / problem.vocab)])
             derivatives = torch.where(torch.isnan(x), torch.nan, derivatives)
         losses = (weights * losses).where(active, 0.0)
@@ -164,8 +172,6 @@ class Eager:
 
 BACKEND = Eager()
 
-_COLUMNS = ("importance_weights", "ref_logprobs", "kl_coef", "entropy_coef", "log_ratio_clamp")
-
 
 def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bool) -> Softmax:
     unit, top = _inverse_temperature(transform, stats.maximum), _capped(stats.maximum, transform)
@@ -175,11 +181,13 @@ def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bo
         logp = distance - stats.sum.log()
         mean = moment / stats.sum
         return Softmax(torch.zeros_like(top), distance, stats.sum, stats.sum.log(), mean, logp.exp(), -logp.expm1())
-    lead = distance[0].clamp(min=0)
-    behind = distance[0] - lead
+    # over others that are masked by -FLT_MAX the distance of a finite target may overflow
+    finite = distance[0].clamp(max=_FLOAT_MAX).where(stats.targets[0] < torch.inf, distance[0])
+    lead = finite.clamp(min=0)
+    behind = finite - lead
     half = torch.exp(-0.5 * lead)  # twice: only the product may underflow
     rest, own = half * (half * stats.sum), torch.exp(behind)
-    moment = half * (half * (moment - lead * stats.sum)) + own * behind.clamp(min=_LOWEST)
+    moment = times(half, half * (moment - times(lead, stats.sum))) + own * behind.clamp(min=_LOWEST)
     total = rest + own
     log_total = torch.where(own == 1, torch.log1p(rest), torch.log(total))
     return Softmax(lead, behind[None], total, log_total, moment / total, (own / total)[None], (rest / total)[None])
@@ -220,3 +228,8 @@ def _is_nonzero(column: Column, like: Tensor) -> Tensor:
     if not isinstance(column, Tensor):
         column = torch.full((), column, dtype=torch.float32, device=like.device)
     return (column != 0).expand_as(like)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """A row alone as one of two: torch would share its sum among threads, in another order than in a batch."""
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)

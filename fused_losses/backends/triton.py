@@ -1,32 +1,40 @@
 """The Triton backend: CUDA tensors on any GPU that Triton supports, and CPU tensors in Triton's interpreter.
 
 Triton and the kernels are imported on first use. Nothing that varies from call to call (N, strides, thresholds,
-temperature, ignore_index) is specialised on, so that none of it recompiles a kernel: see `kernel` in rows.py.
+temperature, ignore_index) is specialised on, so that none of it recompiles a kernel: see `kernel` in rows.py. How a row
+is walked depends on V, dtype, device and what is asked, never on N: a row's numbers are the same in any batch.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import objectives
-from ..objectives import OBJECTIVES
-from ..terms import NO_KL, Terms, coefficients_shape, logprobs_shape, stats_shape
+from ..objectives import OBJECTIVES, Objective
+from ..problem import (
+    Coefficients,
+    Column,
+    Problem,
+    Stats,
+    Targets,
+    Transform,
+    coefficients_shape,
+    empty,
+    logprobs_shape,
+    stats_shape,
+)
 from .rows import Rows, rows
-
-Column = Tensor | float
 
 _VECTOR = 8  # elements; VECTOR in triton_kernels/rows.py
 _ONE_SHOT = 65536  # bytes of the largest row that one program holds in registers; twice that spills
-_LANES_PER_WARP = 256  # two-sweep rows go by tiles of [depth, _LANES_PER_WARP * warps]
+_LANES_PER_WARP = 256
 _LOADS = 8  # 128-bit loads that a thread has in flight in a tile
 _TILE = 8192  # elements of a row per step of grad and scale
 _TOKENS = 1024  # per program of objective
@@ -35,247 +43,178 @@ _MAX_GRID = 2**30  # programs loop over what exceeds it; axis 0 takes 2^31 - 1
 _L2_SHARE = 0.6  # of L2 for rows in flight between their two sweeps; the rest holds the stores
 
 
-def unusable(device: torch.device) -> str | None:
-    if device.type not in ("cuda", "cpu"):
-        return "it takes CUDA tensors"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    if device.type == "cpu" and not _interpreted():
-        return "CPU tensors run in Triton's interpreter only; set TRITON_INTERPRET=1 before triton is imported"
-    return None
+class Triton:
+    def unusable(self, device: torch.device) -> str | None:
+        if device.type not in ("cuda", "cpu"):
+            return "it takes CUDA tensors"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+        if device.type == "cpu" and not _interpreted():
+            return "CPU tensors run in Triton's interpreter only; set TRITON_INTERPRET=1 before triton is imported"
+        return None
 
+    def runs(self, objective: Objective) -> bool:
+        return objective.triton is not None or OBJECTIVES.get(objective.name) is objective
 
-def loss_and_grad(
-    logits: Tensor,
-    target_tokens: Tensor,
-    objective_name: str,
-    inputs: tuple[Column, ...],
-    weights: Column,
-    temperature: Column,
-    denominator: Column,
-    mean: bool,
-    ignore_index: int,
-    all_logprobs: bool,
-    terms: Terms | None,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One pass; see eager.py for what each function computes."""
-    kernels = _kernels()
-    n, vocab = target_tokens.shape[0], logits.shape[-1]
-    function = _function(objective_name)
-    logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=logits.device)
-    row_losses = torch.empty(n, dtype=torch.float32, device=logits.device)
-    with _on(logits.device):
-        if mean:
-            denominator = _normaliser(target_tokens, weights, ignore_index)
-        if n > 0:
-            layout = _layout(logits, gradient)
-            given = _terms(terms)
-            plan = _plan(vocab, logits.dtype.itemsize, logits.device, given.per_element)
-            values, vary = _tuple(OBJECTIVES[objective_name].padded(inputs))
-            columns, strides = _columns(weights, temperature)
-            kernels.loss_and_grad[(min(n, plan.programs),)](
+    def normaliser(self, problem: Problem) -> Tensor:
+        tokens = problem.targets.tokens
+        out = empty((), tokens.device)
+        packed = _packed(_Values(problem.targets, weights=problem.weights))
+        with _on(tokens.device):
+            _kernels().normaliser[(1,)](
+                out,
+                packed.token,
+                packed.vary,
+                problem.targets.ignore_index,
+                problem.targets.num,
+                problem.n,
+                _SUM_BLOCK,
+                **_options(16),
+            )
+        return out
+
+    def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        function = _function(problem.objective)
+        n, vocab = problem.n, logits.shape[-1]
+        num_targets, plain = problem.targets.num, problem.plain
+        logprobs = empty(logprobs_shape(n, num_targets, plain), logits.device)
+        row_losses = empty((n,), logits.device)
+        with _on(logits.device):
+            if n > 0:
+                layout = _layout(logits, gradient)
+                packed = _packed(_values(problem))
+                kind = _kind(problem)
+                walk = _walk(vocab, logits.dtype.itemsize, logits.device, kind)
+                _kernels().loss_and_grad[(min(n, walk.programs),)](
+                    logits,
+                    gradient,
+                    logprobs,
+                    row_losses,
+                    packed.token,
+                    packed.vary,
+                    problem.targets.ignore_index,
+                    num_targets,
+                    n,
+                    vocab,
+                    *layout.strides,
+                    function,
+                    kind,
+                    _plan(layout.ragged, layout.aligned, walk.depth, walk.lanes, walk.one_shot),
+                    **_options(walk.warps, maxnreg=walk.registers),
+                )
+            loss = _reduce(row_losses, problem.denominator)
+        return loss, logprobs
+
+    def stats(self, logits: Tensor, problem: Problem) -> Stats:
+        n, vocab, num_targets = problem.n, logits.shape[-1], problem.targets.num
+        table = empty(stats_shape(n, num_targets, problem.plain), logits.device)
+        if n == 0:
+            return Stats(table)
+        layout = _layout(logits, logits)
+        packed = _packed(_Values(problem.targets, weights=problem.weights, transform=problem.transform))
+        kind = _kind(problem)
+        warps = min(8, max(1, _power_of_2(vocab) // 1024))
+        depth = _depth(logits.dtype.itemsize, kind)
+        with _on(logits.device):
+            _kernels().stats[(min(n, _MAX_GRID),)](
+                logits,
+                table,
+                packed.token,
+                packed.vary,
+                problem.targets.ignore_index,
+                num_targets,
+                n,
+                vocab,
+                *layout.strides[:3],
+                _of_stats(kind),
+                _plan(layout.ragged, True, depth, _lanes(warps)),
+                **_options(warps),
+            )
+        return Stats(table)
+
+    def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
+        function = _function(problem.objective)
+        n, num_targets, plain, device = problem.n, problem.targets.num, problem.plain, stats.table.device
+        logprobs = empty(logprobs_shape(n, num_targets, plain), device)
+        row_losses = empty((n,), device)
+        coefficients = empty(coefficients_shape(n, plain), device)
+        with _on(device):
+            if n > 0:
+                packed = _packed(_values(problem))
+                _kernels().objective[(-(-n // _TOKENS),)](
+                    stats.table,
+                    logprobs,
+                    row_losses,
+                    coefficients,
+                    packed.token,
+                    packed.vary,
+                    problem.targets.ignore_index,
+                    num_targets,
+                    n,
+                    problem.vocab,
+                    function,
+                    _kind(problem),
+                    _TOKENS,
+                    **_options(4),
+                )
+            loss = _reduce(row_losses, problem.denominator) if reduce else row_losses
+        return loss, logprobs, Coefficients(coefficients)
+
+    def grad(
+        self,
+        logits: Tensor,
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Column,
+        gradient: Tensor,
+    ) -> None:
+        n, vocab = targets.tokens.shape[0], logits.shape[-1]
+        if n == 0:
+            return
+        layout = _layout(logits, gradient)
+        tile, tiles, warps = _tiles(vocab)
+        packed = _packed(_Values(targets, transform=transform, upstream=upstream))
+        with _on(logits.device):
+            _kernels().grad[(min(n, _MAX_GRID), tiles)](
                 logits,
                 gradient,
-                target_tokens,
-                logprobs,
-                row_losses,
-                values,
-                given.columns,
-                given.shares,
-                given.label_smoothing,
-                given.z_loss,
-                given.softcap,
-                *columns,
-                denominator,
-                vary,
-                given.vary,
-                *strides,
+                stats.table,
+                coefficients.table.contiguous(),
+                packed.token,
+                packed.vary,
+                targets.num,
                 n,
                 vocab,
                 *layout.strides,
-                ignore_index,
-                given.num_targets,
-                function,
-                given.block,
-                given.capped,
-                given.entropy,
-                given.smoothed,
-                given.kl_type,
-                given.kl_weighted_by_ratio,
-                all_logprobs,
-                layout.ragged,
-                layout.aligned,
-                plan.one_shot,
-                plan.depth,
-                plan.lanes,
-                **_options(plan.warps, maxnreg=plan.registers),
+                _kind_of_grad(targets, transform, coefficients),
+                _plan(layout.ragged, layout.aligned, 1, tile),
+                **_options(warps),
             )
-        loss = _reduce(row_losses, denominator)
-    return loss, logprobs
 
-
-def stats(
-    logits: Tensor,
-    target_tokens: Tensor,
-    weights: Column,
-    temperature: Column,
-    ignore_index: int,
-    all_logprobs: bool,
-    terms: Terms | None,
-) -> Tensor:
-    n, vocab = target_tokens.shape[0], logits.shape[-1]
-    given = _terms(terms)
-    out = torch.empty(stats_shape(n, terms), dtype=torch.float32, device=logits.device)
-    if n == 0:
-        return out
-    layout = _layout(logits, logits)
-    values, strides = _columns(weights, temperature)
-    warps = min(8, max(1, _power_of_2(vocab) // 1024))
-    with _on(logits.device):
-        _kernels().stats[(min(n, _MAX_GRID),)](
-            logits,
-            target_tokens,
-            *values,
-            given.softcap,
-            out,
-            *strides,
-            n,
-            vocab,
-            *layout.strides[:3],
-            ignore_index,
-            given.num_targets,
-            given.block,
-            given.capped,
-            given.entropy,
-            given.smoothed,
-            all_logprobs,
-            layout.ragged,
-            _depth(logits.dtype.itemsize, given.per_element),
-            _LANES_PER_WARP * warps,
-            **_options(warps),
-        )
-    return out
-
-
-def objective(
-    row_stats: Tensor,
-    target_tokens: Tensor,
-    objective_name: str,
-    inputs: tuple[Column, ...],
-    weights: Column,
-    temperature: Column,
-    denominator: Column,
-    mean: bool,
-    ignore_index: int,
-    reduce: bool,
-    terms: Terms | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels()
-    n = target_tokens.shape[0]
-    function = _function(objective_name)
-    logprobs = torch.empty(logprobs_shape(n, terms), dtype=torch.float32, device=row_stats.device)
-    row_losses = torch.empty(n, dtype=torch.float32, device=row_stats.device)
-    coefficients = torch.empty(coefficients_shape(n, terms), dtype=torch.float32, device=row_stats.device)
-    with _on(row_stats.device):
-        if mean:
-            denominator = _normaliser(target_tokens, weights, ignore_index)
-        if n > 0:
-            values, vary = _tuple(OBJECTIVES[objective_name].padded(inputs))
-            given = _terms(terms)
-            columns, strides = _columns(weights, temperature)
-            kernels.objective[(-(-n // _TOKENS),)](
-                row_stats,
-                target_tokens,
-                logprobs,
-                row_losses,
-                coefficients,
-                values,
-                given.columns,
-                given.shares,
-                given.label_smoothing,
-                given.z_loss,
-                given.softcap,
-                *columns,
-                denominator,
-                vary,
-                given.vary,
-                *strides,
+    def scale(self, gradient: Tensor, upstream: Tensor) -> None:
+        """The kernel reads upstream, and leaves at once where it is 1."""
+        if gradient.numel() == 0:
+            return
+        layout = _layout(gradient, gradient)
+        vocab = gradient.shape[-1]
+        tile, tiles, warps = _tiles(vocab)
+        n = gradient.numel() // vocab
+        programs = min(n, -(-8 * _machine(gradient.device).processors // tiles))  # few: most calls leave at once
+        with _on(gradient.device):
+            _kernels().scale[(programs, tiles)](
+                gradient,
+                upstream,
                 n,
-                ignore_index,
-                given.num_targets,
-                function,
-                terms is not None,
-                given.capped,
-                given.entropy,
-                given.smoothed,
-                given.kl_type,
-                given.kl_weighted_by_ratio,
-                _TOKENS,
-                **_options(4),
+                vocab,
+                *layout.strides[:3],
+                _plan(layout.ragged, True, 1, tile),
+                **_options(warps),
             )
-        loss = _reduce(row_losses, denominator) if reduce else row_losses
-    return loss, logprobs, coefficients
 
 
-def grad(
-    logits: Tensor,
-    target_tokens: Tensor,
-    row_stats: Tensor,
-    coefficients: Tensor,
-    upstream: Column,
-    temperature: Column,
-    shares: Tensor | None,
-    softcap: float,
-    gradient: Tensor,
-) -> None:
-    n, vocab = target_tokens.shape[0], logits.shape[-1]
-    if n == 0:
-        return
-    if coefficients.dim() == 1:
-        given = _terms(None)
-    else:
-        given = _terms(Terms(softcap=softcap, shares=shares))
-        coefficients = coefficients.contiguous()[0]  # the kernel finds the others from there
-    layout = _layout(logits, gradient)
-    tile, tiles, warps = _tiles(vocab)
-    values, strides = _columns(temperature, coefficients, upstream)
-    with _on(logits.device):
-        _kernels().grad[(min(n, _MAX_GRID), tiles)](
-            logits,
-            gradient,
-            target_tokens,
-            row_stats,
-            *values,
-            given.shares,
-            given.softcap,
-            *strides,
-            n,
-            vocab,
-            *layout.strides,
-            given.num_targets,
-            given.block,
-            given.capped,
-            layout.ragged,
-            layout.aligned,
-            tile,
-            **_options(warps),
-        )
-
-
-def scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream, one element on the device: the kernel reads it and leaves at once where it is 1."""
-    if gradient.numel() == 0:
-        return
-    layout = _layout(gradient, gradient)
-    vocab = gradient.shape[-1]
-    tile, tiles, warps = _tiles(vocab)
-    n = gradient.numel() // vocab
-    programs = min(n, -(-8 * _machine(gradient.device).processors // tiles))  # few: most calls leave at once
-    with _on(gradient.device):
-        _kernels().scale[(programs, tiles)](
-            gradient, upstream, n, vocab, *layout.strides[:3], layout.ragged, tile, **_options(warps)
-        )
+BACKEND = Triton()
 
 
 def _options(warps: int, **options: int | None) -> dict[str, int | bool | None]:
@@ -291,26 +230,26 @@ def _kernels(package: str = "fused_losses.triton_kernels") -> SimpleNamespace:
     return SimpleNamespace(
         loss_and_grad=module("loss_and_grad").loss_and_grad,
         stats=module("stats").stats,
-        objective=module("objective").objective,
+        objective=module("tokens").objective,
         grad=module("grad").grad,
         scale=module("grad").scale,
-        normaliser=module("reduce").normaliser,
-        reduce=module("reduce").reduce,
+        normaliser=module("tokens").normaliser,
+        reduce=module("tokens").reduce,
         objectives=module("objectives"),
+        records=module("records"),
     )
 
 
-def _function(objective_name: str) -> object:
+def _function(objective: Objective) -> object:
     """The objective as a Triton function: ours have it under their name, others bring it along."""
-    objective = OBJECTIVES[objective_name]
-    if objective.formula.__module__ == objectives.__name__:
-        return getattr(_kernels().objectives, objective_name)
-    if objective.triton is None:
+    if objective.triton is not None:
+        return objective.triton
+    if not BACKEND.runs(objective):
         raise RuntimeError(
-            f"objective {objective_name!r} has no Triton function, which the triton backend needs; give it one "
+            f"objective {objective.name!r} has no Triton function, which the triton backend needs; give it one "
             '(Objective(..., triton=...)) or pass backend="eager"'
         )
-    return objective.triton
+    return getattr(_kernels().objectives, objective.name)
 
 
 def _interpreted() -> bool:
@@ -333,7 +272,59 @@ def _machine(device: torch.device) -> _Machine:
     return _Machine(properties.multi_processor_count, getattr(properties, "L2_cache_size", 0))
 
 
-class _Plan(NamedTuple):
+# ---- What kernels are compiled for: RowKind and Plan in triton_kernels/records.py ----
+
+
+def _kind(problem: Problem) -> Any:
+    if problem.plain:
+        return _plain(problem.all_logprobs)
+    terms = problem.terms
+    return _row_kind(
+        _power_of_2(problem.targets.num),
+        problem.transform.softcap is not None,
+        terms.entropy,
+        terms.label_smoothing != 0,
+        terms.kl_type,
+        terms.kl_weighted_by_ratio,
+        problem.all_logprobs,
+    )
+
+
+def _kind_of_grad(targets: Targets, transform: Transform, coefficients: Coefficients) -> Any:
+    """Coefficients are all that stage 3 knows of terms: any of them may be other than 0."""
+    if coefficients.plain:
+        return _plain(False)
+    return _row_kind(_power_of_2(targets.num), transform.softcap is not None, True, True, None, False, False)
+
+
+def _of_stats(kind: Any) -> Any:
+    """Stage 1 sees no KL."""
+    return (
+        kind
+        if kind.kl_type is None
+        else _row_kind(kind.targets, kind.capped, kind.entropy, kind.smoothed, None, False, kind.all_logprobs)
+    )
+
+
+# Cached: a launch takes the hash of each, and finds it faster in an object that it knows.
+
+
+@cache
+def _plain(all_logprobs: bool) -> Any:
+    return _kernels().records.RowKind(all_logprobs=all_logprobs)
+
+
+@cache
+def _row_kind(*fields: object) -> Any:
+    return _kernels().records.RowKind(False, *fields)
+
+
+@cache
+def _plan(*fields: object) -> Any:
+    return _kernels().records.Plan(*fields)
+
+
+class _Walk(NamedTuple):
     """How the one-pass kernel takes a row, and how many programs share the rows."""
 
     one_shot: bool
@@ -345,23 +336,32 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(vocab: int, itemsize: int, device: torch.device, per_element: int) -> _Plan:
-    if vocab * itemsize * per_element <= _ONE_SHOT:
+def _walk(vocab: int, itemsize: int, device: torch.device, kind: Any) -> _Walk:
+    if vocab * itemsize * _per_element(kind) <= _ONE_SHOT:
         block = max(2 * _VECTOR, _power_of_2(vocab))
-        return _Plan(True, 1, block, min(16, max(1, block // 1024)), _MAX_GRID, None)
+        return _Walk(True, 1, block, min(16, max(1, block // 1024)), _MAX_GRID, None)
     # A row must still lie in L2 for its second sweep, so programs are few: two per processor where that fits, which
     # overlaps the reduction of one with the sweeps of the other, else one with twice the warps. 512 threads in either
     # case: 65536 registers leave 128 to each.
     processors, l2 = _machine(device)
     fits = 2 * processors * vocab * itemsize <= _L2_SHARE * l2
     warps = 8 if fits else 16
-    return _Plan(
-        False, _depth(itemsize, per_element), _LANES_PER_WARP * warps, warps, processors * (2 if fits else 1), 128
-    )
+    programs = processors * (2 if fits else 1)
+    return _Walk(False, _depth(itemsize, kind), _lanes(warps), warps, programs, 128)
 
 
-def _depth(itemsize: int, per_element: int) -> int:
-    loads = _LOADS // 2 if per_element == 4 else _LOADS
+def _per_element(kind: Any) -> int:
+    """Registers that an element of a row takes, more or less."""
+    return 1 if kind.plain else 4 if kind.capped else 2
+
+
+def _lanes(warps: int) -> int:
+    """Rows that no tile holds go by tiles of [depth, lanes]: whole vectors."""
+    return _LANES_PER_WARP * warps
+
+
+def _depth(itemsize: int, kind: Any) -> int:
+    loads = _LOADS // 2 if kind.capped else _LOADS
     return loads * 16 // itemsize * 32 // _LANES_PER_WARP
 
 
@@ -397,88 +397,87 @@ def _rows(tensor: Tensor) -> Rows:
     return layout
 
 
-def _columns(*columns: Column) -> tuple[list[Column], list[int]]:
-    """Values and strides, as the kernels take them."""
-    strides = [c.stride(0) if isinstance(c, Tensor) and c.dim() else 0 for c in columns]
-    return list(columns), strides
+# ---- What varies from call to call: Token in triton_kernels/records.py ----
 
 
-def _tuple(columns: Sequence[Column]) -> tuple[tuple[Column, ...], int]:
-    """Columns as the kernels take any number of them: `per_token` in triton_kernels/rows.py."""
-    values = tuple(_aligned(c) if isinstance(c, Tensor) else float(c) for c in columns)
-    return values, sum(isinstance(v, Tensor) and v.dim() and v.stride(0) and 1 << i for i, v in enumerate(values))
+class _Values(NamedTuple):
+    """What a launch is given of its tokens; what it does not look at is left at one number for all launches."""
+
+    targets: Targets
+    transform: Transform = Transform()
+    weights: Column = 1.0
+    upstream: Column = 1.0
+    denominator: Column = 1.0
+    inputs: tuple[Column, ...] = ()
+    terms: tuple[Column, ...] = ()  # those of TermColumns, but for the two numbers
+    numbers: tuple[float, ...] = ()
 
 
-def _aligned(column: Tensor) -> Tensor:
-    """The column, copied unless it is contiguous or one value for all, and on a 16-byte boundary."""
-    stride = column.stride(0) if column.dim() else 0
-    if stride > 1 or column.data_ptr() % 16:
-        return column.clone(memory_format=torch.contiguous_format)
-    return column
-
-
-class _Terms(NamedTuple):
-    """Terms, or their absence, as the kernels take them."""
-
-    columns: tuple[Column, ...] = ()
-    vary: int = 0
-    shares: Tensor | None = None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0
-    num_targets: int = 1
-    block: int = 0  # of targets; 0 for no terms
-    capped: bool = False
-    entropy: bool = False
-    smoothed: bool = False
-    kl_type: int = NO_KL
-    kl_weighted_by_ratio: bool = False
-    per_element: int = 1  # registers that an element of a row takes, more or less
-
-
-_PLAIN = _Terms()
-
-
-def _terms(terms: Terms | None) -> _Terms:
-    if terms is None:
-        return _PLAIN
-    columns, vary = _tuple(terms[:5])
-    return _Terms(
-        columns,
-        vary,
-        terms.shares,
-        terms.label_smoothing,
-        terms.z_loss,
-        terms.softcap,
-        terms.targets,
-        _power_of_2(terms.targets),
-        terms.softcap != 0,
-        terms.entropy,
-        terms.label_smoothing != 0,
-        terms.kl_type,
-        terms.kl_weighted_by_ratio,
-        4 if terms.softcap else 2,
+def _values(problem: Problem) -> _Values:
+    given = _Values(
+        problem.targets,
+        problem.transform,
+        problem.weights,
+        denominator=problem.denominator,
+        inputs=problem.inputs,
     )
-
-
-def _normaliser(target_tokens: Tensor, weights: Column, ignore_index: int) -> Tensor:
-    out = torch.empty(1, dtype=torch.float32, device=target_tokens.device)
-    (weights,), (stride,) = _columns(weights)
-    n = target_tokens.shape[0]
-    num_targets = target_tokens.shape[1] if target_tokens.dim() == 2 else 1
-    _kernels().normaliser[(1,)](
-        target_tokens, weights, out, stride, n, num_targets, ignore_index, _SUM_BLOCK, **_options(16)
+    if problem.plain:
+        return given
+    terms = problem.terms
+    columns = (
+        terms.importance_weights,
+        terms.ref_logprobs,
+        terms.kl_coef,
+        terms.entropy_coef,
+        terms.log_ratio_clamp,
     )
-    return out
+    return given._replace(terms=columns, numbers=(terms.label_smoothing, terms.z_loss))
+
+
+class _Packed(NamedTuple):
+    token: Any
+    vary: int  # a bit for each column that has a value per token: `at` in triton_kernels/rows.py
+
+
+def _packed(given: _Values) -> _Packed:
+    records = _kernels().records
+    columns = (given.weights, given.transform.temperature, given.upstream, *given.inputs, *given.terms)
+    weights, temperature, upstream, *others = (_aligned(c) if isinstance(c, Tensor) else float(c) for c in columns)
+    vary = 0
+    for i, column in enumerate((weights, temperature, upstream, *others)):
+        if isinstance(column, Tensor) and column.dim() and column.stride(0):
+            vary |= 1 << i
+    first = len(given.inputs)
+    tokens, shares = given.targets.tokens, given.targets.shares
+    token = records.Token(
+        _aligned(tokens),
+        None if shares is None else _aligned(shares),
+        weights,
+        temperature,
+        given.transform.softcap or 0.0,
+        upstream,
+        given.denominator if isinstance(given.denominator, Tensor) else float(given.denominator),
+        tuple(others[:first]),
+        records.TermColumns(*others[first:], *given.numbers) if given.terms else None,
+    )
+    return _Packed(token, vary)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Copied unless it is contiguous or one value for all, and begins on a 16-byte boundary."""
+    one_for_all = tensor.dim() == 0 or (tensor.dim() == 1 and tensor.stride(0) == 0)
+    if (one_for_all or tensor.is_contiguous()) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _reduce(row_losses: Tensor, denominator: Column) -> Tensor:
-    out = torch.empty((), dtype=torch.float32, device=row_losses.device)
-    _kernels().reduce[(1,)](row_losses, denominator, out, row_losses.numel(), _SUM_BLOCK, **_options(16))
-    return out
+    loss = empty((), row_losses.device)
+    _kernels().reduce[(1,)](row_losses, denominator, loss, row_losses.numel(), _SUM_BLOCK, **_options(16))
+    return loss
 
 
-def _on(device: torch.device) -> AbstractContextManager[None]:
+def _on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make that the tensor's. The context costs more than the question."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -1,11 +1,17 @@
-// How a block of threads walks over a row: 16-byte vectors with a peeled head and tail, so that an odd V or an odd row
-// start costs at most 14 elements handled one by one, never the vector width.
+// An engine: how a block of threads walks over a row, here twice. 16-byte vectors with a peeled head and tail, so that
+// an odd V or an odd row start costs at most 14 elements handled one by one, never the vector width. What is summed and
+// what is sent back is the row's business: plain_row.cuh, terms_row.cuh.
 //
 // A sweep gives every thread a fixed set of elements, and the thread that owns an element is known without searching:
 // Span::owner. Indices in a row are int (V < 2^31); only row offsets are int64.
+//
+// Which thread adds what, and in which order, is decided by V, the element type, the number of threads, the element
+// that is left out and the row's phase, its address modulo 16. Rows of one phase, as all are where V elements are a
+// multiple of 16 bytes, get the same bits wherever they lie. Of one order for all phases each vector would have to be
+// put together from two, which makes the first sweep's 6.9 instructions per element SKEWCOST (bfloat16, sm_90a).
 #pragma once
 
-#include "transform.cuh"
+#include "sums.cuh"
 #include "vector.cuh"
 
 namespace fused_losses {
@@ -42,6 +48,12 @@ struct Span {
 
     __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + vectors * kWidth<T>; }
 
+    // That holds element j, or -1 where an edge or no row does.
+    __device__ __forceinline__ int vector_of(int j) const {
+        const int body = j - head;
+        return body >= 0 && body < vectors * kWidth<T> ? body / kWidth<T> : -1;
+    }
+
     __device__ __forceinline__ int owner(int j) const {
         if (j < head) return j;
         const int body = j - head;
@@ -50,80 +62,6 @@ struct Span {
 };
 
 // ---- Sweep 1: maximum and sums ------------------------------------------------------------------------------------
-
-// e_j = 2^exponent(level_j - top) over the elements seen so far, top being the level of their maximum. What is
-// subtracted first costs no digits: a large common offset leaves the sums as they are.
-struct Sum {
-    float sum = 0.f;  // of e_j
-
-    // shift: the old top less the new one
-    template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        sum *= exp2_approx(z.exponent(shift));
-    }
-    // distance: level_j - top
-    template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        sum += exp2_approx(z.exponent(distance));
-    }
-    __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
-};
-
-// Of an exponent where it meets e_j, which is 0 there: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
-constexpr float kLowestExponent = -1000.f;
-
-// What losses with terms need beside the sum. All summands have one sign: nothing cancels.
-struct Moments {
-    float sum = 0.f;
-    float moment = 0.f;  // of e_j log2(e_j)
-    float linear = 0.f;  // of level_j - top; -inf if a level is
-    float count = 0.f;   // of elements, which linear needs when top moves; constants that the compiler adds up
-
-    // A shift from the floor can overflow, when all sums are 0.
-    template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        const float exponent = z.exponent(shift), e = exp2_approx(exponent);
-        moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
-        sum *= e;
-        linear += count * fmaxf(shift, kFloor);
-    }
-    template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        const float exponent = z.exponent(distance), e = exp2_approx(exponent);
-        sum += e;
-        moment += e * fmaxf(exponent, kLowestExponent);
-        linear += distance;
-        count += 1.f;
-    }
-    __device__ __forceinline__ void operator+=(const Moments& other) {
-        sum += other.sum;
-        moment += other.moment;
-        linear += other.linear;
-        count += other.count;
-    }
-};
-
-// max is a running maximum of raw logits that starts at a finite floor: in an all -inf part (-inf) - (-inf) would be
-// NaN. fmaxf drops a NaN, but the sums do not; +inf gives inf - inf there. Either way the row becomes NaN through them.
-template <class Sums>
-struct Online {
-    float max = kFloor;
-    Sums sums;
-
-    // Returns the new top.
-    template <class Z>
-    __device__ __forceinline__ float rescale(float new_max, const Z& z) {
-        const float top = z.level(new_max);
-        sums.rescale(z.level(max) - top, z);
-        max = new_max;
-        return top;
-    }
-    template <class Z>
-    __device__ __forceinline__ void add(float x, const Z& z) {
-        const float top = rescale(fmaxf(max, x), z);
-        sums.add(z.level(x) - top, z);
-    }
-};
 
 // Adds the vectors u * blockDim.x, u < kUnroll, for which inside(u). One rescale per call, not per element: ex2 is what
 // a sweep has least of (16 per clock and SM). Summed in three levels, within a vector, a chunk and the row, so that
@@ -157,19 +95,33 @@ __device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vector
     acc.sums += chunk;
 }
 
-// This thread's share of the row.
+// This thread's share of the row without element left_out, or of all of it where that is -1.
+//
+// No comparison per element: all threads go through the chunk with the left-out element as through the last one, vector
+// by vector, and leave out its vector. What else is in that goes to one thread each, as the edges do.
 template <class Sums, class T, class Z>
-__device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, const Z& z) {
+__device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, int left_out, const Z& z) {
     const Span<T> span(row, vocab);
-    const int thread = threadIdx.x, step = kUnroll * blockDim.x;
+    const int thread = threadIdx.x, step = kUnroll * blockDim.x, left_out_vector = span.vector_of(left_out);
     const uint4* vectors = reinterpret_cast<const uint4*>(row + span.head);
     Online<Sums> acc;
     int v = thread;
-    for (const int whole = span.vectors / step * step; v < whole; v += step)
-        add_chunk<T>(acc, vectors + v, z, [](int) { return true; });
-    add_chunk<T>(acc, vectors + v, z, [&](int u) { return v + u * static_cast<int>(blockDim.x) < span.vectors; });
-    // Last: the vectors beside the edges have brought their cache lines in.
-    if (thread < span.edges) acc.add(to_float(row[span.edge(thread)]), z);
+    for (int stop = left_out_vector < 0 ? span.vectors : left_out_vector; v - thread < span.vectors;
+         v += step, stop = span.vectors) {
+        for (const int last = stop - step + thread; v <= last; v += step)
+            add_chunk<T>(acc, vectors + v, z, [](int) { return true; });
+        add_chunk<T>(acc, vectors + v, z, [&](int u) {
+            const int at = v + u * static_cast<int>(blockDim.x);
+            return at < span.vectors && at != left_out_vector;
+        });
+    }
+    // Last: the vectors beside them have brought their cache lines in. At most 14 + 8 elements, and there are 32
+    // threads.
+    const int beside = thread - span.edges;
+    if (beside < (left_out_vector < 0 ? 0 : kWidth<T>)) {
+        const int j = beside < 0 ? span.edge(thread) : span.head + left_out_vector * kWidth<T> + beside;
+        if (j != left_out) acc.add(to_float(row[j]), z);
+    }
     return acc;
 }
 

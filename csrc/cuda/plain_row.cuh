@@ -1,0 +1,107 @@
+// The row of a plain loss: one target, no softcap, no terms. A loss sees three numbers of it and sends one back.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused_losses {
+
+class PlainRow {
+  public:
+    using Sums = Sum;
+    using Shared = Partials<Online<Sum>>;
+    static constexpr int kThreads = kMaxThreads;
+
+    const Identity z;
+    const int left_out;  // the target; -1 if it is outside [0, V)
+
+    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
+                                        const float*, int64_t)
+        : z(Identity::of(0.f, transform.inverse_temperature(row))),
+          left_out(target_index(targets, row, vocab)),
+          row_(row) {}
+
+    template <class T>
+    __device__ __forceinline__ void read_targets(const T* logits, float*) {
+        target_ = target_logit(logits, left_out);
+    }
+
+    // mine: what this thread has summed. By all threads of a block, who get the same.
+    __device__ __forceinline__ void see(const Online<Sum>& mine, Shared& shared, int& turn) {
+        const Identity by = z;
+        const Online<Sum> all =
+            block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+        sum_ = all.sums.sum;
+        maximum_ = sum_ == 0.f ? target_ : all.max;
+    }
+
+    __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms&, bool) const {
+        if (threadIdx.x != 0) return;
+        stats.maximum(row_) = maximum_;
+        stats.sum(row_) = sum_;
+        stats.target(row_) = target_;
+    }
+    __device__ __forceinline__ void recall(const StatsTable<const float>& stats) {
+        maximum_ = stats.maximum(row_);
+        sum_ = stats.sum(row_);
+        target_ = stats.target(row_);
+    }
+
+    // By every thread of a block: to tell one thread's result to the others would cost a barrier.
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared&, int&) {
+        evaluate(problem, denominator);
+    }
+    // By one thread for itself.
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
+        softmax_ = softmax();
+        loss_ = plain_loss(problem, row_, softmax_.logprob(), denominator);
+    }
+
+    // By one thread. reads: whether the row was read.
+    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, const Terms&,
+                                          bool reads) const {
+        logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
+        row_losses[row_] = loss_.value;
+    }
+    // first, step: of the targets that this thread sees to.
+    __device__ __forceinline__ void finish(const LogprobsTable&, int, int, bool) const {}
+    __device__ __forceinline__ void keep(const CoefficientsTable<float>& coefficients) const {
+        coefficients.at(row_) = loss_.by.g;
+    }
+
+    __device__ __forceinline__ void send(const CoefficientsTable<const float>& coefficients, float upstream, Shared&,
+                                         int&) {
+        loss_.by.g = times(coefficients.at(row_), upstream);
+        if (!idle()) softmax_ = softmax();
+    }
+
+    // Whether the gradient is 0, for which no logits are read: select, as 0 * NaN is not 0.
+    __device__ __forceinline__ bool idle() const { return loss_.by.g == 0.f; }
+
+    // What an element that is no target's gets, of its logit.
+    __device__ __forceinline__ auto dense() const {
+        const float top = fmaxf(maximum_, target_), c = kLog2e * z.scale;
+        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant;
+        return [=](float x) { return factor * exp2_approx((x - top) * c); };
+    }
+
+    // No comparison per element: the thread that has just written the target's element writes it again, formed in
+    // float32, as 1 - p is lost in bfloat16 when p is near 1.
+    template <class T>
+    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+        if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
+            assign(grad[left_out], z.scale * target_gradient(by(), 1.f, 1.f, target_seen(softmax_), 0.f));
+    }
+
+  private:
+    __device__ __forceinline__ Softmax softmax() const {
+        return softmax_of(distance_from(maximum_, target_, z), sum_, 0.f);
+    }
+    __device__ __forceinline__ Coefficients by() const { return {loss_.by.g, 0.f, 0.f, 0.f}; }
+
+    const int64_t row_;
+    float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f;
+    Softmax softmax_{};
+    TokenLoss loss_{};
+};
+
+}  // namespace fused_losses

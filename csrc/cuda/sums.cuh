@@ -1,0 +1,81 @@
+// What is added up over a row. e_j = 2^exponent(level_j - top) over the elements seen so far, top being the level of
+// their maximum. What is subtracted first costs no digits: a large common offset leaves the sums as they are.
+#pragma once
+
+#include "transform.cuh"
+
+namespace fused_losses {
+
+struct Sum {
+    float sum = 0.f;  // of e_j
+
+    // shift: the old top less the new one
+    template <class Z>
+    __device__ __forceinline__ void rescale(float shift, const Z& z) {
+        sum *= exp2_approx(z.exponent(shift));
+    }
+    // distance: level_j - top
+    template <class Z>
+    __device__ __forceinline__ void add(float distance, const Z& z) {
+        sum += exp2_approx(z.exponent(distance));
+    }
+    __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
+};
+
+// Of an exponent where it meets e_j, which is 0 there: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
+constexpr float kLowestExponent = -1000.f;
+
+// What losses with terms need beside the sum. All summands have one sign: nothing cancels.
+struct Moments {
+    float sum = 0.f;
+    float moment = 0.f;  // of e_j log2(e_j)
+    float drift = 0.f;   // of level_j - top; -inf if a level is
+    float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
+
+    // A shift from the floor can overflow, when all sums are 0.
+    template <class Z>
+    __device__ __forceinline__ void rescale(float shift, const Z& z) {
+        const float exponent = z.exponent(shift), e = exp2_approx(exponent);
+        moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
+        sum *= e;
+        drift += count * fmaxf(shift, kFloor);
+    }
+    template <class Z>
+    __device__ __forceinline__ void add(float distance, const Z& z) {
+        const float exponent = z.exponent(distance), e = exp2_approx(exponent);
+        sum += e;
+        moment += e * fmaxf(exponent, kLowestExponent);
+        drift += distance;
+        count += 1.f;
+    }
+    __device__ __forceinline__ void operator+=(const Moments& other) {
+        sum += other.sum;
+        moment += other.moment;
+        drift += other.drift;
+        count += other.count;
+    }
+};
+
+// max is a running maximum of raw logits that starts at a finite floor: in an all -inf part (-inf) - (-inf) would be
+// NaN. fmaxf drops a NaN, but the sums do not; +inf gives inf - inf there. Either way the row becomes NaN through them.
+template <class Sums>
+struct Online {
+    float max = kFloor;
+    Sums sums;
+
+    // Returns the new top.
+    template <class Z>
+    __device__ __forceinline__ float rescale(float new_max, const Z& z) {
+        const float top = z.level(new_max);
+        sums.rescale(z.level(max) - top, z);
+        max = new_max;
+        return top;
+    }
+    template <class Z>
+    __device__ __forceinline__ void add(float x, const Z& z) {
+        const float top = rescale(fmaxf(max, x), z);
+        sums.add(z.level(x) - top, z);
+    }
+};
+
+}  // namespace fused_losses

@@ -1,0 +1,218 @@
+// The row of a loss with terms: one target or several, logits capped or not (Z), and four coefficients that are sent
+// back. Which terms a loss has is not known here.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused_losses {
+
+// Over the targets that count, which are those whose share is not 0.
+struct TargetSums {
+    float logp = 0.f;   // x = sum_k share_k logp_k; NaN if one of them is outside [0, V)
+    float whole = 0.f;  // U = sum_k share_k
+
+    __device__ __forceinline__ void add(float share, float logprob) {
+        if (share == 0.f) return;
+        logp += share * logprob;
+        whole += share;
+    }
+};
+
+__device__ __forceinline__ TargetSums warp_sum(const TargetSums& x) { return {warp_sum(x.logp), warp_sum(x.whole)}; }
+
+// Several targets are dealt out, target k to thread k modulo blockDim.x: what it keeps for a target only that thread
+// reads. Their logits are in a table: of the stats, or in one pass of the logprobs, until the gradient, which may
+// overwrite them, is written.
+template <class Z>
+class TermsRow {
+  public:
+    using Sums = Moments;
+    static constexpr int kThreads = Z::kThreads;
+
+    struct Shared {
+        Partials<Online<Moments>> elements;
+        Partials<TargetSums> targets;
+    };
+
+    const Z z;
+    const int left_out;  // the single target; -1 if it is outside [0, V), or of several
+
+    // logits: the targets', (K, n).
+    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
+                                        const float* logits, int64_t n)
+        : z(Z::of(transform.softcap, transform.inverse_temperature(row))),
+          left_out(targets.single() ? target_index(targets, row, vocab) : -1),
+          targets_(targets),
+          logits_(logits + row),
+          row_(row),
+          n_(n),
+          vocab_(vocab) {}
+
+    template <class T>
+    __device__ __forceinline__ void read_targets(const T* logits, float* table) {
+        if (single()) {
+            target_ = target_logit(logits, left_out);
+            return;
+        }
+        for (int k = threadIdx.x; k < num(); k += blockDim.x) table[k * n_ + row_] = target_logit(logits, index(k));
+    }
+
+    __device__ __forceinline__ void see(const Online<Moments>& mine, Shared& shared, int& turn) {
+        const Z by = z;
+        const Online<Moments> all = block_reduce(shared.elements, turn, mine, Online<Moments>{},
+                                                 [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        sum_ = all.sums.sum;
+        maximum_ = single() && sum_ == 0.f ? target_ : all.max;
+        moment_ = all.sums.moment * kLn2;
+        drift_ = all.sums.drift * z.scale + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
+    }
+
+    // reads: whether the row was read.
+    __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms& terms, bool reads) const {
+        if (!single() && !reads)
+            for (int k = threadIdx.x; k < num(); k += blockDim.x) stats.target(row_, k) = 0.f;
+        if (threadIdx.x != 0) return;
+        stats.maximum(row_) = maximum_;
+        stats.sum(row_) = sum_;
+        if (single()) stats.target(row_) = target_;
+        stats.moment(row_) = terms.entropy ? moment_ : 0.f;
+        stats.drift(row_) = terms.label_smoothing != 0.f ? drift_ : 0.f;
+    }
+    __device__ __forceinline__ void recall(const StatsTable<const float>& stats) {
+        maximum_ = stats.maximum(row_);
+        sum_ = stats.sum(row_);
+        target_ = stats.target(row_);
+        moment_ = stats.moment(row_);
+        drift_ = stats.drift(row_);
+    }
+
+    // By every thread of a block.
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared& shared, int& turn) {
+        softmax_ = softmax();
+        sum_targets(shared, turn);
+        evaluate_sums(problem, denominator);
+    }
+    // By one thread for itself.
+    __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
+        softmax_ = softmax();
+        sums_ = sum_targets(0, 1);
+        evaluate_sums(problem, denominator);
+    }
+
+    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, const Terms& terms,
+                                          bool reads) const {
+        logprobs.entropy(row_) = reads && terms.entropy ? softmax_.entropy() : 0.f;
+        if (single()) logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
+        row_losses[row_] = loss_.value;
+    }
+    // After the gradient: the logprobs of several targets take the place of their logits.
+    __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
+        if (single()) return;
+        for (int k = first; k < num(); k += step) {
+            const bool given = targets_.at(row_, k) != targets_.ignore_index;
+            logprobs.target(row_, k) = reads && given ? target(k).logp : 0.f;
+        }
+    }
+    __device__ __forceinline__ void keep(const CoefficientsTable<float>& coefficients) const {
+        const float by[] = {loss_.by.g, loss_.by.h, loss_.by.zeta, loss_.by.s};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) coefficients.at(row_, i) = by[i];
+    }
+
+    __device__ __forceinline__ void send(const CoefficientsTable<const float>& coefficients, float upstream,
+                                         Shared& shared, int& turn) {
+        const auto coefficient = [&](int i) { return times(coefficients.at(row_, i), upstream); };
+        loss_.by = {coefficient(0), coefficient(1), coefficient(2), coefficient(3)};
+        if (idle()) return;
+        softmax_ = softmax();
+        sum_targets(shared, turn);
+        // A target outside [0, V), even if the coefficients, which may come from elsewhere, are numbers.
+        if (sums_.logp != sums_.logp) loss_.by.g = NAN;
+    }
+
+    __device__ __forceinline__ bool idle() const { return loss_.by.none(); }
+
+    // e_j (constant + slope d_j) + offset, where d_j is in units of the exponent, times dz_j/dlogits_j.
+    __device__ __forceinline__ auto dense() const {
+        const Z by = z;
+        const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
+        const float top = z.level(raw_top()), inverse_t = z.inverse_temperature();
+        const float constant = inverse_t * d.constant, slope = inverse_t * kLn2 * d.slope;
+        const float offset = inverse_t * d.offset;
+        return [=](float x) {
+            const float level = by.level(x), exponent = fmaxf(by.exponent(level - top), kLowestExponent);
+            return (exp2_approx(exponent) * (slope * exponent + constant) + offset) * by.slope(level);
+        };
+    }
+
+    // As PlainRow's. Several targets' elements are written after all others are.
+    template <class T>
+    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+        if (single()) {
+            if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
+                assign(grad[left_out], target_element(0, share(0)));
+            return;
+        }
+        __syncthreads();  // else the thread that owns the element may write it after this one
+        for (int k = threadIdx.x; k < num(); k += blockDim.x) {
+            const int target = index(k);
+            if (target < 0 || share(k) == 0.f) continue;
+            float shares = 0.f;
+#pragma unroll 4
+            for (int i = 0; i < num(); ++i)
+                if (index(i) == target) shares += share(i);
+            assign(grad[target], target_element(k, shares));  // of a target that is there twice: the same bits twice
+        }
+    }
+
+  private:
+    __device__ __forceinline__ bool single() const { return targets_.single(); }
+    __device__ __forceinline__ int num() const { return static_cast<int>(targets_.num); }
+    __device__ __forceinline__ int index(int k) const {
+        return target_index(targets_, row_ * targets_.num + k, vocab_);
+    }
+    __device__ __forceinline__ float share(int k) const { return targets_.share(row_, k); }
+    __device__ __forceinline__ float logit(int k) const { return single() ? target_ : logits_[k * n_]; }
+    __device__ __forceinline__ float raw_top() const { return single() ? fmaxf(maximum_, target_) : maximum_; }
+
+    __device__ __forceinline__ Softmax softmax() const {
+        return single() ? softmax_of(distance_from(maximum_, target_, z), sum_, moment_)
+                        : softmax_of_several(sum_, moment_);
+    }
+    __device__ __forceinline__ TargetSeen target(int k) const {
+        return single() ? target_seen(softmax_)
+                        : target_seen_of_several(softmax_, distance_from(maximum_, logit(k), z));
+    }
+    // shares: of all targets that are this one's element.
+    __device__ __forceinline__ float target_element(int k, float shares) const {
+        return z.inverse_temperature() * z.slope(z.level(logit(k))) *
+               target_gradient(loss_.by, shares, sums_.whole, target(k), softmax_.mean());
+    }
+
+    __device__ __forceinline__ TargetSums sum_targets(int first, int step) const {
+        TargetSums sums;
+        for (int k = first; k < num(); k += step) sums.add(share(k), target(k).logp);
+        return sums;
+    }
+    __device__ __forceinline__ void sum_targets(Shared& shared, int& turn) {
+        sums_ = single() ? sum_targets(0, 1)
+                         : block_reduce(shared.targets, turn, sum_targets(threadIdx.x, blockDim.x), TargetSums{},
+                                        [](const TargetSums& x) { return warp_sum(x); });
+    }
+    __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {
+        const RowSeen seen =
+            row_seen(z.level(raw_top()) * z.scale, softmax_, sums_.logp, sums_.whole, drift_, problem.vocab);
+        loss_ = terms_loss(problem, row_, seen, denominator);
+    }
+
+    const Targets& targets_;
+    const float* const logits_;  // from this row on
+    const int64_t row_, n_;
+    const int vocab_;
+    float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f;
+    Softmax softmax_{};
+    TargetSums sums_;
+    TokenLoss loss_{};
+};
+
+}  // namespace fused_losses

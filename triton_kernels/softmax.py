@@ -1,0 +1,171 @@
+"""The maths of one token, between what its row shows and what goes back: the functions of csrc/loss.h."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .rows import FLOOR, LN2, LOWEST
+
+
+class Softmax(NamedTuple):
+    """A row's softmax, its single target kept apart from the rest: nothing cancels however sure the row is. With M the
+    largest z of the others, S = sum_{j != t} e^(z_j - M) and z_max = max(M, z_t):
+
+        rest = S e^(M - z_max)    own = e^(z_t - z_max)    1 - p_t = rest / (rest + own)
+        logp = z_t - z_max - log(rest + own)
+
+    and where the target leads, own is 1 and log(rest + own) = log1p(rest). Of several targets none is kept apart."""
+
+    lead: Any  # z_max - M
+    half: Any  # e^(-lead / 2)
+    behind: Any  # z_t - z_max
+    rest: Any
+    own: Any
+    moment: Any  # sum_j e^d_j d_j over all elements, d_j = z_j - z_max
+    total: Any  # sum_j e^d_j
+    log_total: Any
+
+
+class Target(NamedTuple):
+    """A target, or a block of them, as its row sees it."""
+
+    distance: Any  # z_t - z_max
+    p: Any
+    others: Any  # 1 - p
+    logp: Any
+
+
+class Coefficients(NamedTuple):
+    """The derivatives of the loss by logp, H and lse, and that by every z_j alike, each times weight / denominator."""
+
+    g: Any
+    h: Any
+    zeta: Any
+    s: Any
+
+
+class Dense(NamedTuple):
+    """An element that is no target's gets e_j (a + b t_j) + c, but for the softcap. t_j is log2 of e_j."""
+
+    a: Any
+    b: Any
+    c: Any
+
+
+@triton.jit
+def times(a, b):
+    """0 times what is not finite is 0: a coefficient of 0 takes its term out."""
+    return tl.where(a == 0, 0.0, tl.where(b == 0, 0.0, a * b))
+
+
+@triton.jit
+def log1p(x):
+    """For x >= 0: what 1 + x rounds away is made up for in proportion. W. Kahan's; libdevice has one, but the
+    interpreter has no libdevice."""
+    u = 1.0 + x
+    exact = u - 1.0
+    return tl.where(exact == 0, x, tl.where(exact < float("inf"), tl.log(u) * (x / exact), x))
+
+
+@triton.jit
+def distance_of(target_y, maximum, unit):
+    """z_t - M. Finite where it overflows, as above others that are masked by the lowest number there is; a target of
+    +inf is as bad as NaN."""
+    distance = (target_y - maximum) * unit
+    distance = tl.where(distance > -FLOOR, -FLOOR, distance)
+    return tl.where(target_y < float("inf"), distance, float("nan"))
+
+
+@triton.jit
+def softmax_of(distance, sum, moment):
+    """distance: z_t - M. sum, moment: of the others, relative to M. NaN in either comes out as NaN."""
+    lead = tl.maximum(distance, 0.0)
+    behind = distance - lead
+    half = tl.exp(-0.5 * lead)  # twice: only the product may underflow, and half * lead can't overflow
+    rest = half * (half * sum)
+    own = tl.exp(behind)
+    moment = half * (half * moment - (half * lead) * sum) + times(own, behind)
+    total = rest + own
+    log_total = tl.where(own == 1, log1p(rest), tl.log(total))
+    return Softmax(lead, half, behind, rest, own, moment, total, log_total)
+
+
+@triton.jit
+def softmax_of_several(sum, moment):
+    nothing = tl.zeros_like(sum)
+    return Softmax(nothing, nothing + 1.0, nothing, sum, nothing, moment, sum, tl.log(sum))
+
+
+@triton.jit
+def target_seen(softmax):
+    total = softmax.total
+    return Target(softmax.behind, softmax.own / total, softmax.rest / total, softmax.behind - softmax.log_total)
+
+
+@triton.jit
+def target_seen_of_several(softmax, distance):
+    """distance: z_t - z_max"""
+    total = softmax.total
+    e = tl.exp(distance)
+    return Target(distance, e / total, (total - e) / total, distance - softmax.log_total)
+
+
+@triton.jit
+def target_gradient(by, share, whole, target, mean):
+    """dloss/dz_t. share: of all targets that are equal to this one; whole: of all targets. mean: sum_j p_j d_j."""
+    # share - whole p; where p is near 1 and the target has the whole, made of 1 - p
+    drawn = tl.where(target.p < 0.5, share - whole * target.p, (share - whole) + whole * target.others)
+    away = tl.maximum(target.distance, LOWEST) - mean  # where p is 0, distance may be -inf
+    return by.g * drawn + target.p * (by.zeta - times(by.h, away)) + by.s
+
+
+@triton.jit
+def dense_factors(by, whole, softmax, inverse_t):
+    mean = times(by.h, softmax.moment / softmax.total)
+    factor = inverse_t / softmax.total
+    return Dense(factor * (by.zeta - by.g * whole + mean), -factor * by.h * LN2, inverse_t * by.s)
+
+
+@triton.jit
+def dense_gradient(y, top, scale, dense, ROW: tl.constexpr):
+    """y is z in units of `scale` / log2(e), top its maximum."""
+    t = (y - top) * scale
+    value = tl.exp2(t)
+    if ROW.plain:
+        value *= dense.a
+    else:
+        # entropy and smoothing are one flag in stage 3, which has coefficients only
+        if ROW.entropy:
+            value *= dense.a + dense.b * tl.maximum(t, LOWEST)
+        else:
+            value *= dense.a
+        if ROW.smoothed:
+            value += dense.c
+        if ROW.capped:
+            value *= 1.0 - y * y
+    return value
+
+
+@triton.jit
+def only(g):
+    """The coefficients of a plain row."""
+    nothing = tl.zeros_like(g)
+    return Coefficients(g, nothing, nothing, nothing)
+
+
+@triton.jit
+def any_of(by):
+    """0 only if all four coefficients are."""
+    return tl.abs(by.g) + tl.abs(by.h) + tl.abs(by.zeta) + tl.abs(by.s)
+
+
+@triton.jit
+def softmax_of_row(distance, sum, moment, ROW: tl.constexpr):
+    """(softmax, its target or targets). distance: z_t - M of each; sum, moment: as stage 1 has them, relative to M."""
+    if ROW.single:
+        softmax = softmax_of(distance, sum, moment)
+        return softmax, target_seen(softmax)
+    else:
+        softmax = softmax_of_several(sum, moment)
+        return softmax, target_seen_of_several(softmax, distance)
