@@ -265,7 +265,7 @@ def _run(
     if not how.return_outputs:
         return loss
     entropy = None
-    if not problem.plain:
+    if seen.dim() > 1:  # not plain; torch 2.10 does not trace a property of a named tuple
         entropy = seen[-1].view(logits.shape[:-1]) if problem.terms.entropy else None
         seen = seen[:-1].t()
     return loss, Outputs(seen.reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
