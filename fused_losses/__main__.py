@@ -82,7 +82,7 @@ def sample(inputs: tuple[str, ...], dtype: torch.dtype, device: torch.device) ->
     target_tokens = torch.randint(vocab, (n,), generator=generator)
     target_tokens[3] = -100
     values = {
-        "old_logprobs": reference.token_stats(logits, target_tokens).logp + 0.3 * torch.randn(n, generator=generator),
+        "old_logprobs": reference.logprobs(logits, target_tokens) + 0.3 * torch.randn(n, generator=generator),
         "advantages": torch.randn(n, generator=generator),
     }
     return logits.to(device), target_tokens.to(device), {key: values[key].to(device) for key in inputs}

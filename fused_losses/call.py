@@ -28,6 +28,7 @@ from .problem import (
     Terms,
     Transform,
 )
+from .sequences import active_tokens
 from .terms import asked
 
 Result = Tensor | tuple[Tensor, Outputs]
@@ -59,7 +60,7 @@ def cross_entropy(
     how: How,
 ) -> Result:
     several = checks.several_targets(logits, target_tokens)
-    tokens = checks.logits_and_targets(logits, target_tokens, several)
+    logits, tokens = checks.logits_and_targets(logits, target_tokens, several)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
     mean = reduction.reduction == "mean" and reduction.denominator is None
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
@@ -155,7 +156,7 @@ def policy_loss(
         assert callable(objective)
         function = composition.of_function(objective, inputs)
         return _composed(function, logits, target_tokens, columns, Sequences(), terms, transform, reduction, how)
-    checks.logits_and_targets(logits, target_tokens)
+    logits, _ = checks.logits_and_targets(logits, target_tokens)
     backend = checks.backend(how.backend)
     if backend == "auto" and named.triton is not None and logits.is_cuda:
         how = how._replace(backend="triton" if unusable("triton", logits.device) is None else "auto")
@@ -187,7 +188,7 @@ def logprobs(
     backend: BackendName,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    tokens = checks.logits_and_targets(logits, target_tokens)
+    logits, tokens = checks.logits_and_targets(logits, target_tokens)
     problem = Problem(
         targets=Targets(tokens, checks.index("ignore_index", ignore_index, target_tokens.dtype)),
         transform=_transform(transform, logits),
@@ -223,7 +224,7 @@ def _of_objective(
     reduction: Reduction,
     how: How,
 ) -> Result:
-    tokens = checks.logits_and_targets(logits, target_tokens)
+    logits, tokens = checks.logits_and_targets(logits, target_tokens)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
     problem = Problem(
         targets=Targets(tokens, checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)),
@@ -292,6 +293,8 @@ def _inputs(objective: Objective, columns: Columns, terms: PolicyTerms, logits: 
 
 
 def _terms(terms: PolicyTerms, logits: Tensor) -> Terms:
+    kl_coef = checks.column("kl_coef", terms.kl_coef, logits)
+    entropy_coef = checks.column("entropy_coef", terms.entropy_coef, logits)
     wanted = asked(terms)
     ref_logprobs: Column = 0.0
     if terms.ref_logprobs is not None:  # not to be wrong where it is not used, either
@@ -304,8 +307,8 @@ def _terms(terms: PolicyTerms, logits: Tensor) -> Terms:
     return Terms(
         importance_weights=1.0 if importance is None else checks.column("importance_weights", importance, logits),
         ref_logprobs=ref_logprobs if wanted.kl else 0.0,
-        kl_coef=checks.column("kl_coef", terms.kl_coef, logits),
-        entropy_coef=checks.column("entropy_coef", terms.entropy_coef, logits),
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
         log_ratio_clamp=math.inf if clamp is None else checks.column("log_ratio_clamp", clamp, logits),
         kl_type=terms.kl_type if wanted.kl else None,
         kl_weighted_by_ratio=bool(terms.kl_weighted_by_ratio),
@@ -319,12 +322,16 @@ _NO_TERMS = Terms()
 def _transform(transform: Transform, logits: Tensor) -> Transform:
     """One that leaves no scale to apply: s cap tanh(x / cap) / T, with cap and T divided by s."""
     temperature = checks.column("temperature", transform.temperature, logits)
-    softcap, logit_scale = transform.softcap, transform.logit_scale
-    if softcap is None and logit_scale == 1.0:
-        return Transform(temperature)
-    scale = checks.number("logit_scale", logit_scale)
-    cap = None if softcap is None else checks.number("softcap", softcap) / scale
-    return Transform(temperature / scale, cap)
+    softcap = None if transform.softcap is None else checks.number("softcap", transform.softcap)
+    scale = checks.number("logit_scale", transform.logit_scale)
+    if scale == 1.0:
+        return Transform(temperature, softcap)
+    if softcap is not None:
+        softcap = checks.number("softcap / logit_scale", softcap / scale)
+    temperature = temperature / scale
+    if isinstance(temperature, float):
+        temperature = checks.number("temperature / logit_scale", temperature)
+    return Transform(temperature, softcap)
 
 
 def _shares(
@@ -361,7 +368,7 @@ def _composed(
     how: How,
     sequence_ratio: bool = False,
 ) -> Result:
-    tokens = checks.logits_and_targets(logits, target_tokens)
+    logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     if how.inplace and stages.wants_gradient((logits,)):
@@ -378,6 +385,9 @@ def _composed(
         checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
         checks.values_in_range(checked)
     checks.denominator(reduction.denominator, reduction.reduction, logits)
+    if sequences.sequence_ratio_mask is not None:
+        mask = active_tokens(sequences.sequence_ratio_mask, target_tokens, "sequence_ratio_mask")
+        sequences = sequences._replace(sequence_ratio_mask=mask)
 
     def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         seen = logprobs(logits, target_tokens, transform, ignore_index, how.backend, with_entropy)

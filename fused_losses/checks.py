@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .backends import NAMES
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
-from .problem import Column
+from .problem import BackendName, Column
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -112,12 +112,12 @@ def several_targets(logits: Tensor, target_tokens: Tensor) -> bool:
     return isinstance(logits, Tensor) and isinstance(target_tokens, Tensor) and 0 < target_tokens.dim() == logits.dim()
 
 
-def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = False) -> Tensor:
-    """Check both; the targets as (N,), or (N, K) for ``several``."""
+def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = False) -> tuple[Tensor, Tensor]:
+    """Check both: the logits in plain form, and the targets as (N,), or (N, K) for ``several``."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     no_transform(logits)
-    plain("logits", logits)
+    logits = plain("logits", logits)
     if logits.is_nested:
         raise TypeError("logits must be a dense tensor, got a nested one: pass its values, or pad it")
     if logits.dtype not in LOGITS_DTYPES:
@@ -142,7 +142,7 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = Fa
         target_tokens = target_tokens.reshape(-1, target_tokens.shape[-1])
     elif target_tokens.dim() != 1:
         target_tokens = target_tokens.reshape(-1)
-    return target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
+    return logits, target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
 
 
 def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
@@ -190,7 +190,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
     return value.detach().to(torch.float32)
 
 
-def backend(name: str) -> str:
+def backend(name: BackendName) -> BackendName:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
     return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -185,6 +185,10 @@ def composed(
     logp, entropy = read(asked_tokens, wanted.entropy)
 
     # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
+    @overload
+    def masked(name: str, value: Column) -> Tensor: ...
+    @overload
+    def masked(name: str, value: None) -> None: ...
     def masked(name: str, value: Column | None) -> Tensor | None:
         if value is None:
             return None
@@ -194,7 +198,11 @@ def composed(
 
     tokens = tokens._replace(columns={name: masked(name, value) for name, value in columns.items()})
     terms = terms._replace(
-        **{name: masked(name, getattr(terms, name)) for name in _OF_TERMS if getattr(terms, name) is not None}
+        log_ratio_clamp=masked("log_ratio_clamp", terms.log_ratio_clamp),
+        importance_weights=masked("importance_weights", terms.importance_weights),
+        entropy_coef=masked("entropy_coef", terms.entropy_coef) if wanted.entropy else 0.0,
+        ref_logprobs=masked("ref_logprobs", terms.ref_logprobs),
+        kl_coef=masked("kl_coef", terms.kl_coef) if wanted.kl else 0.0,
     )
     value = objective(torch.where(seen, logp, 0.0), tokens)
     whole_batch = value.dim() == 0 and logp.dim() > 0
@@ -218,7 +226,6 @@ def composed(
         through_mean = sequence_ratio and sequences.ratio_gradient == "sequence"
         per_token = per_token + _penalty(x, log_r, through_mean, terms, derivatives_by_hand)
     weights = masked("weights", 1.0 if reduction.weights is None else reduction.weights)
-    assert weights is not None
     loss = reduced(torch.where(active, weights * per_token, 0.0), weights, reduction)
     if whole_batch:
         loss = loss + value
@@ -279,6 +286,3 @@ def reduced(losses: Tensor, weights: Tensor, reduction: Reduction) -> Tensor:
     divisor = constant(denominator, total).detach().to(total.dtype)
     nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
     return total / divisor.masked_fill(nothing, 1.0)
-
-
-_OF_TERMS = ("log_ratio_clamp", "importance_weights", "entropy_coef", "ref_logprobs", "kl_coef")

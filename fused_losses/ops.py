@@ -92,7 +92,7 @@ def decode(encoded: Encoded) -> Problem:
     columns: list[Column] = [
         value if tensor is None else tensor for tensor, value in zip(encoded.columns, encoded.values, strict=True)
     ]
-    temperature, weights, denominator, *of_terms = columns[:8]
+    temperature, weights, denominator, importance_weights, ref_logprobs, kl_coef, entropy_coef, clamp = columns[:8]
     softcap, label_smoothing, z_loss = encoded.numbers
     ignore_index, vocab, all_logprobs, kl_type, weighted, entropy = encoded.flags
     return Problem(
@@ -101,7 +101,18 @@ def decode(encoded: Encoded) -> Problem:
         weights,
         OBJECTIVES[encoded.objective],
         tuple(columns[8:]),
-        Terms(*of_terms, label_smoothing, z_loss, _KL_TYPES[kl_type], bool(weighted), bool(entropy)),
+        Terms(
+            importance_weights,
+            ref_logprobs,
+            kl_coef,
+            entropy_coef,
+            clamp,
+            label_smoothing,
+            z_loss,
+            _KL_TYPES[kl_type],
+            bool(weighted),
+            bool(entropy),
+        ),
         denominator,
         vocab,
         bool(all_logprobs),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import checks
 from .problem import Coefficients, Problem, Stats, Targets, Transform
 
 
@@ -97,7 +98,7 @@ class OnePass(torch.autograd.Function):
             )
         if upstream is None:
             return None, None, *(None for _ in gradients)
-        ctx.source.scale(gradients, upstream if upstream.dtype is torch.float32 else upstream.float())
+        ctx.source.scale(gradients, _float32(upstream))
         return None, None, *gradients
 
 
@@ -119,7 +120,7 @@ class TwoPhase(torch.autograd.Function):
             return None, None, None, *(None for _ in range(ctx.inputs))
         kept = _kept(ctx)
         n = kept.targets.tokens.shape[0]
-        return None, None, None, *kept.gradient(kept.coefficients, upstream.to(torch.float32).expand(n))
+        return None, None, None, *kept.gradient(kept.coefficients, _float32(upstream).expand(n))
 
 
 class LogprobsAndEntropy(torch.autograd.Function):
@@ -139,7 +140,7 @@ class LogprobsAndEntropy(torch.autograd.Function):
         kept = _kept(ctx)
         own = kept.coefficients.table[0]
         zero = torch.zeros_like(own)
-        by_logprob, by_entropy = (zero if u is None else u.float() for u in upstream)
+        by_logprob, by_entropy = (zero if u is None else _float32(u) for u in upstream)
         given = torch.stack((by_logprob, by_entropy, zero, zero))
         # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
         given = torch.where(own == 0, 0.0, given * own)
@@ -181,3 +182,8 @@ def _kept(ctx: Any) -> _Kept:
 def _versions(tensors: tuple[Tensor, ...]) -> list[int] | None:
     # a graph that is being traced has its own order of what modifies a tensor
     return None if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]
+
+
+def _float32(upstream: Tensor) -> Tensor:
+    upstream = checks.plain("the upstream gradient", upstream)
+    return upstream if upstream.dtype is torch.float32 else upstream.float()

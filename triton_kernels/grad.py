@@ -28,7 +28,17 @@ from .rows import (
     row_offset,
 )
 from .softcap import squash, units
-from .softmax import Coefficients, any_of, dense_factors, dense_gradient, only, softmax_of_row, target_gradient, times
+from .softmax import (
+    Coefficients,
+    any_of,
+    dense_factors,
+    dense_gradient,
+    distance_of,
+    only,
+    softmax_of_row,
+    target_gradient,
+    times,
+)
 from .sums import load_tile
 from .targets import is_any, merged_shares, over_targets, row_shares, row_targets, target_logits
 
@@ -87,7 +97,7 @@ def grad(
             moment = 0.0
             if not ROW.plain:
                 moment = tl.load(stats + (2 + num_targets) * n + row)
-            softmax, seen = softmax_of_row((target_y - maximum) * unit, tl.load(stats + n + row), moment, ROW)
+            softmax, seen = softmax_of_row(distance_of(target_y, maximum, unit), tl.load(stats + n + row), moment, ROW)
             top = tl.maximum(maximum, target_y) if ROW.single else maximum
             share = row_shares(token, row, num_targets, ROW)
             whole = over_targets(share, ROW)

@@ -31,7 +31,7 @@ from .rows import (
     tile_mask,
 )
 from .softcap import squash, squash_tile, units
-from .softmax import any_of, dense_factors, dense_gradient, target_gradient
+from .softmax import any_of, dense_factors, dense_gradient, distance_of, target_gradient
 from .sums import at_once, load_tile, sweep, with_side, with_target
 from .targets import (
     given_targets,
@@ -142,7 +142,8 @@ def loss_and_grad(
                     sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW)
             sums = with_target(sums, target_logit, target_y, scale, ROW)
 
-            distance = (target_y - sums.maximum) * unit
+            distance = distance_of(target_y, sums.maximum, unit)
+            top = tl.maximum(sums.maximum, target_y) if ROW.single else sums.maximum
             if ROW.plain:
                 found = evaluate_plain(distance, sums, active, weight, denominator, inputs, OBJECTIVE)
             else:
@@ -151,7 +152,7 @@ def loss_and_grad(
                     given,
                     share,
                     sums,
-                    unit,
+                    top * unit,
                     active,
                     weight,
                     denominator,
@@ -166,7 +167,6 @@ def loss_and_grad(
             if coefficients != 0:
                 softmax = found.softmax
                 dense = dense_factors(found.by, found.whole, softmax, inverse_t)
-                top = tl.maximum(sums.maximum, target_y) if ROW.single else sums.maximum
                 if PLAN.one_shot:
                     if ROW.plain:
                         value = e * (softmax.half * (softmax.half * dense.a))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import LN2, LOWEST
+from .rows import FLOOR, LN2, LOWEST
 
 
 class Softmax(NamedTuple):
@@ -69,15 +69,23 @@ def log1p(x):
 
 
 @triton.jit
+def distance_of(target_y, maximum, unit):
+    """z_t - M. Finite where it overflows, as above others that are masked by the lowest number there is; a target of
+    +inf is as bad as NaN."""
+    distance = (target_y - maximum) * unit
+    distance = tl.where(distance > -FLOOR, -FLOOR, distance)
+    return tl.where(target_y < float("inf"), distance, float("nan"))
+
+
+@triton.jit
 def softmax_of(distance, sum, moment):
-    """distance: z_t - M. sum, moment: of the others, relative to M. NaN in either, and a target of +inf, come out as
-    NaN."""
+    """distance: z_t - M. sum, moment: of the others, relative to M. NaN in either comes out as NaN."""
     lead = tl.maximum(distance, 0.0)
     behind = distance - lead
-    half = tl.exp(-0.5 * lead)  # twice: only the product may underflow
+    half = tl.exp(-0.5 * lead)  # twice: only the product may underflow, and half * lead can't overflow
     rest = half * (half * sum)
     own = tl.exp(behind)
-    moment = half * (half * (moment - times(lead, sum))) + times(own, behind)
+    moment = half * (half * moment - (half * lead) * sum) + times(own, behind)
     total = rest + own
     log_total = tl.where(own == 1, log1p(rest), tl.log(total))
     return Softmax(lead, half, behind, rest, own, moment, total, log_total)

@@ -11,13 +11,13 @@ from .terms import Seen, terms_loss
 
 
 @triton.jit
-def row_seen(softmax, logp, whole, top, drift, vocab, ROW: tl.constexpr):
-    """top: z of stage 1's maximum; drift: sum_j z_j - top over all elements; vocab: the number of classes."""
+def row_seen(softmax, logp, whole, z_max, drift, vocab, ROW: tl.constexpr):
+    """z_max; drift: sum_j z_j - M over all elements; vocab: the number of classes."""
     entropy = tl.zeros_like(logp)
     if ROW.entropy:
         entropy = softmax.log_total - softmax.moment / softmax.total
-    lead = softmax.lead + softmax.log_total
-    return Seen(logp, whole, top + lead, entropy, lead - drift / vocab)
+    spread = softmax.lead + softmax.log_total - drift / vocab
+    return Seen(logp, whole, z_max + softmax.log_total, entropy, spread)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def evaluate_terms(
     given,
     share,
     sums,
-    unit,
+    z_max,
     active,
     weight,
     denominator,
@@ -40,6 +40,6 @@ def evaluate_terms(
     logp = tl.where(given, target.logp, 0.0)
     x = over_targets(tl.where(share != 0, share * logp, 0.0), ROW)
     whole = over_targets(share, ROW)
-    seen = row_seen(softmax, x, whole, sums.maximum * unit, sums.drift * LN2, vocab, ROW)
+    seen = row_seen(softmax, x, whole, z_max, sums.drift * LN2, vocab, ROW)
     loss, by = terms_loss(seen, active, weight, denominator, inputs, terms, vocab, OBJECTIVE, ROW)
     return Evaluated(loss, by, logp, seen.entropy, whole, softmax, target)

@@ -16,7 +16,7 @@ from .rows import (
     term_values,
 )
 from .softcap import squash, units
-from .softmax import softmax_of, softmax_of_several, target_seen, target_seen_of_several
+from .softmax import distance_of, softmax_of, softmax_of_several, target_seen, target_seen_of_several
 from .terms import terms_loss
 from .terms_row import row_seen
 
@@ -58,9 +58,10 @@ def objective(
         moment = tl.load(stats + (2 + num_targets) * n + row, mask=inside)
     if ROW.single:
         target_y = squash(tl.load(stats + 2 * n + row, mask=inside), inverse_cap, ROW)
-        softmax = softmax_of((target_y - maximum) * unit, sum, moment)
+        softmax = softmax_of(distance_of(target_y, maximum, unit), sum, moment)
         logp = tl.where(read, target_seen(softmax).logp, 0.0)
         tl.store(logprobs + row, logp, mask=inside)
+        top = tl.maximum(maximum, target_y)
         x = logp
         whole = tl.full([BLOCK], 1.0, tl.float32)
         if token.shares is not None:
@@ -68,12 +69,13 @@ def objective(
             x = tl.where(whole != 0, whole * logp, 0.0)
     else:
         softmax = softmax_of_several(sum, moment)
+        top = maximum
         x = tl.zeros([BLOCK], tl.float32)
         whole = tl.zeros([BLOCK], tl.float32)
         for k in range(0, num_targets):
             target = tl.load(token.targets + row * num_targets + k, mask=inside, other=0).to(tl.int64)
             target_y = squash(tl.load(stats + (2 + k) * n + row, mask=inside), inverse_cap, ROW)
-            seen = target_seen_of_several(softmax, (target_y - maximum) * unit)
+            seen = target_seen_of_several(softmax, distance_of(target_y, maximum, unit))
             logp = tl.where(read & (target != ignore_index), seen.logp, 0.0)
             tl.store(logprobs + k * n + row, logp, mask=inside)
             share = tl.load(token.shares + row * num_targets + k, mask=inside, other=0.0)
@@ -85,7 +87,7 @@ def objective(
         tl.store(coefficients + row, g, mask=inside)
     else:
         drift = tl.load(stats + (3 + num_targets) * n + row, mask=inside)
-        seen = row_seen(softmax, x, whole, maximum * unit, drift, vocab, ROW)
+        seen = row_seen(softmax, x, whole, top * unit, drift, vocab, ROW)
         tl.store(logprobs + num_targets * n + row, tl.where(read, seen.entropy, 0.0), mask=inside)
         terms = term_values(token, vary, row, inside)
         loss, by = terms_loss(seen, active, weight, denominator, inputs, terms, vocab, OBJECTIVE, ROW)

@@ -102,7 +102,6 @@ void launch(const StatsParams& p, uintptr_t stream) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
-    constexpr int kRowThreads = 128;
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);

@@ -34,12 +34,10 @@ __device__ __forceinline__ float target_logit(const T* logits, int target) {
     return target >= 0 ? to_float(logits[target]) : NAN;
 }
 
-// z_logit - z_maximum, finite where the logit is: a maximum of -FLT_MAX is a mask, and a temperature below 1 must not
-// make the way there infinite.
+// z_logit - z_maximum
 template <class Z>
 __device__ __forceinline__ float distance_from(float maximum, float logit, const Z& z) {
-    const float distance = (z.level(logit) - z.level(maximum)) * z.scale;
-    return distance == INFINITY && logit < INFINITY ? -kFloor : distance;
+    return target_distance(z.level(logit), z.level(maximum), z.scale);
 }
 
 }  // namespace fused_losses

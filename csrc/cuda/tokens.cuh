@@ -6,9 +6,11 @@
 
 namespace fused_losses {
 
+constexpr int kRowThreads = 128;
+
 // A thread per row.
 template <class Row>
-__global__ void __launch_bounds__(kMaxThreads) objective_kernel(const __grid_constant__ ObjectiveParams p) {
+__global__ void __launch_bounds__(kRowThreads) objective_kernel(const __grid_constant__ ObjectiveParams p) {
     const Problem& problem = p.problem;
     const int vocab = static_cast<int>(problem.vocab);
     const float denominator = problem.denominator.at(0);

@@ -60,7 +60,8 @@ class Backend(Protocol):
 
 def named(name: str) -> Backend:
     """The backend of that name, whether it can run or not."""
-    return importlib.import_module(f".{name}", __name__).BACKEND  # type: ignore[no-any-return]
+    backend: Backend = importlib.import_module(f".{name}", __name__).BACKEND
+    return backend
 
 
 @cache

@@ -67,11 +67,11 @@ class Eager:
         # the target again, as a softcap makes -inf finite
         shown = distance.scatter(1, inside, -torch.inf) if single else distance
         e = torch.exp(shown)
-        rows = [maximum, e.sum(-1), *target.unbind(1)]
+        rows = [maximum, _row_sums(e), *target.unbind(1)]
         if not problem.plain:
             zero = torch.zeros_like(maximum)
-            rows.append((e * shown.clamp(min=_LOWEST)).sum(-1) if terms.entropy else zero)
-            rows.append(distance.sum(-1) if terms.label_smoothing != 0 else zero)
+            rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
+            rows.append(_row_sums(distance) if terms.label_smoothing != 0 else zero)
         read = _reads(problem)
         return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
 
@@ -105,8 +105,14 @@ class Eager:
                 x = (shares * logp).where(shares != 0, 0.0).sum(0)
                 whole = shares.sum(0)
             seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
-            columns = {name: constant(getattr(terms, name), like) for name in _COLUMNS}
-            losses, *by, s = row_loss(objective.formula, seen, inputs, terms._replace(**columns))
+            terms = terms._replace(
+                importance_weights=constant(terms.importance_weights, like),
+                ref_logprobs=constant(terms.ref_logprobs, like),
+                kl_coef=constant(terms.kl_coef, like),
+                entropy_coef=constant(terms.entropy_coef, like),
+                log_ratio_clamp=constant(terms.log_ratio_clamp, like),
+            )
+            losses, *by, s = row_loss(objective.formula, seen, inputs, terms)
             derivatives = torch.stack([d.expand_as(like) for d in (*by, s / problem.vocab)])
             derivatives = torch.where(torch.isnan(x), torch.nan, derivatives)
         losses = (weights * losses).where(active, 0.0)
@@ -166,8 +172,6 @@ class Eager:
 
 BACKEND = Eager()
 
-_COLUMNS = ("importance_weights", "ref_logprobs", "kl_coef", "entropy_coef", "log_ratio_clamp")
-
 
 def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bool) -> Softmax:
     unit, top = _inverse_temperature(transform, stats.maximum), _capped(stats.maximum, transform)
@@ -224,3 +228,8 @@ def _is_nonzero(column: Column, like: Tensor) -> Tensor:
     if not isinstance(column, Tensor):
         column = torch.full((), column, dtype=torch.float32, device=like.device)
     return (column != 0).expand_as(like)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """A row alone as one of two: torch would share its sum among threads, in another order than in a batch."""
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)

@@ -1,4 +1,4 @@
-"""Compile the device code of csrc/cuda for the CPU into a Python module, `_host_cuda`, with g++."""
+"""Compile the device code of csrc/cuda for the CPU with g++: for sweep.py through ctypes, for tests as a module."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CXX = os.environ.get("CXX", "g++")
 # Vectors are read through uint4, as CUDA allows; the bindings want hidden symbols.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+LIBRARY = "_host_cuda.so"
 
 
 def run(*command: object, **kwargs) -> str:
@@ -24,18 +25,25 @@ def run(*command: object, **kwargs) -> str:
     return done.stdout
 
 
-def bindings(folder: Path) -> Path:
-    """The object that does not depend on the device code; most of the time of a build."""
-    import pybind11
-
-    out = folder / "module.o"
-    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    run(CXX, *FLAGS, "-O0", *include, "-c", HERE / "module.cpp", "-o", out)
+def compile_object(folder: Path, source: str, *flags: object) -> Path:
+    out = folder / f"{source}.o"
+    run(CXX, *FLAGS, "-O0", *flags, "-c", HERE / source, "-o", out)
     return out
 
 
-def build(folder: Path, module: Path, *, sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
-    """`folder`, holding the module. edit: (file in csrc, text that occurs once in it, its replacement)."""
+def entry(folder: Path) -> Path:
+    """What does not depend on the device code."""
+    return compile_object(folder, "entry.cpp")
+
+
+def bindings(folder: Path) -> Path:
+    import pybind11
+
+    return compile_object(folder, "module.cpp", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
+
+
+def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
+    """The library. edit: (file in csrc, text that occurs once in it, its replacement)."""
     source = folder / "csrc"
     shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
     if edit:
@@ -46,12 +54,14 @@ def build(folder: Path, module: Path, *, sanitize: bool = False, edit: tuple[str
     flags = FLAGS + (SANITIZE if sanitize else [])
     device = folder / "launch.o"
     run(CXX, *flags, f"-I{HERE}", "-x", "c++", "-c", source / "cuda" / "launch.cu", "-o", device)
-    run(CXX, *flags, "-shared", module, device, "-o", folder / "_host_cuda.so")
-    return folder
+    run(CXX, *flags, "-shared", *objects, device, "-o", folder / LIBRARY)
+    return folder / LIBRARY
 
 
-def sweep(folder: Path, *, sanitize: bool = False, cases: int = 60) -> subprocess.CompletedProcess:
-    """Runs sweep.py in a process of its own: a bug in device code may end it."""
+def sweep(
+    library: Path, cases: Path, *, sanitize: bool = False, first: int | None = None
+) -> subprocess.CompletedProcess:
+    """Runs sweep.py in a process of its own: a bug in device code may end it. first: so many of the cases."""
     environment = dict(os.environ)
     if sanitize:
         # Python itself is not instrumented: the runtime must come first, with the library whose `throw` it wraps, and
@@ -59,5 +69,5 @@ def sweep(folder: Path, *, sanitize: bool = False, cases: int = 60) -> subproces
         libraries = (run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so"))
         environment["LD_PRELOAD"] = " ".join(libraries)
         environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
-    command = [sys.executable, HERE / "sweep.py", folder, str(cases)]
+    command = [sys.executable, HERE / "sweep.py", library, cases, *([] if first is None else [str(first)])]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
