@@ -83,14 +83,6 @@ FL_HD Loss cispo(float logp, const float* in) {
     return {g == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
 }
 
-FL_HD Loss reinforce(float logp, const float* in) {
-    const float old_logprob = in[0], advantage = in[1], clamp = in[2];
-    if (!(clamp >= 0.f)) return {NAN, NAN};
-    if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
-    const float g = -expf(log_ratio(logp, old_logprob, clamp).value) * advantage;
-    return {g == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
-}
-
 FL_HD Loss dro(float logp, const float* in) {
     const float old_logprob = in[0], advantage = in[1], beta = in[2], clamp = in[3];
     if (!(beta >= 0.f && clamp >= 0.f)) return {NAN, NAN};
@@ -122,7 +114,6 @@ FL_HD Loss sapo(float logp, const float* in) {
     apply(importance_sampling, old_logprobs, advantages, log_ratio_clamp)                                            \
     apply(ppo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp, dual_clip, delta) \
     apply(cispo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp)                 \
-    apply(reinforce, old_logprobs, advantages, log_ratio_clamp)                                                      \
     apply(dro, old_logprobs, advantages, beta, log_ratio_clamp)                                                      \
     apply(sapo, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_clamp)
 // clang-format on

@@ -5,19 +5,7 @@ import os as _os
 from . import aggregation, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
-from .losses import (
-    cispo,
-    cross_entropy,
-    dro,
-    gmpo,
-    gspo,
-    importance_sampling,
-    logprobs,
-    policy_loss,
-    ppo,
-    reinforce,
-    sapo,
-)
+from .losses import cispo, cross_entropy, dro, gmpo, gspo, importance_sampling, logprobs, policy_loss, ppo, sapo
 from .objectives import Objective
 from .outputs import Outputs
 from .sequences import segment_expand, segment_mean, segment_sum
@@ -47,7 +35,6 @@ __all__ = [
     "policy_loss",
     "ppo",
     "reference",
-    "reinforce",
     "sapo",
     "segment_expand",
     "segment_mean",

@@ -439,24 +439,6 @@ _FUNCTIONS = (
         defaults={"reduction": "sum"},
     ),
     Loss(
-        "reinforce",
-        """Importance-weighted REINFORCE: ``-sg(r) logp A``, with ``r = exp(logp - old_logprobs)``.
-
-        sg stops the gradient: the gradient is that of :func:`importance_sampling`, the value another. Williams, "Simple
-        Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992,
-        https://doi.org/10.1007/BF00992696.""",
-        (*_POLICY, *_TERMS),
-    ),
-    Loss(
-        "reinforce",
-        """Importance-weighted REINFORCE: ``-sg(r) logp A``, with ``r = exp(logp - old_logprobs)``.
-
-        sg stops the gradient: the gradient is that of :func:`importance_sampling`, the value another. Williams, "Simple
-        Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992,
-        https://doi.org/10.1007/BF00992696.""",
-        (*_POLICY, *_TERMS),
-    ),
-    Loss(
         "dro",
         """Direct reward optimisation: ``-(logp A - beta / 2 (logp - old_logprobs)^2)``.
 

@@ -76,24 +76,6 @@ def cispo(
     return _checked(loss, g, logp, _valid_clip(low, high) & (log_ratio_clamp >= 0))
 
 
-def reinforce(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, log_ratio_clamp: Tensor) -> Loss:
-    idle = _no_advantage(old_logprobs, advantages)
-    clamped, _ = log_ratio(logp.detach(), old_logprobs, log_ratio_clamp)
-    g = -torch.where(idle, 0.0, torch.exp(clamped) * advantages)
-    idle = g == 0  # ratio 0 comes with logp -inf
-    loss = torch.where(idle, 0.0, g * logp.masked_fill(idle, 0.0))
-    return _checked(loss, g, logp, log_ratio_clamp >= 0)
-
-
-def reinforce(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, log_ratio_clamp: Tensor) -> Loss:
-    idle = _no_advantage(old_logprobs, advantages)
-    clamped, _ = log_ratio(logp.detach(), old_logprobs, log_ratio_clamp)
-    g = -torch.where(idle, 0.0, torch.exp(clamped) * advantages)
-    idle = g == 0  # ratio 0 comes with logp -inf
-    loss = torch.where(idle, 0.0, g * logp.masked_fill(idle, 0.0))
-    return _checked(loss, g, logp, log_ratio_clamp >= 0)
-
-
 def dro(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: Tensor, log_ratio_clamp: Tensor) -> Loss:
     idle = advantages == 0
     clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
@@ -191,8 +173,6 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("importance_sampling", importance_sampling, _POLICY, limits=_CLAMP),
         Objective("ppo", ppo, _POLICY, _CLIP, limits=(*_CLAMP, "dual_clip", "delta")),
         Objective("cispo", cispo, _POLICY, _CLIP, limits=_CLAMP),
-        Objective("reinforce", reinforce, _POLICY, limits=_CLAMP),
-        Objective("reinforce", reinforce, _POLICY, limits=_CLAMP),
         Objective("dro", dro, _POLICY, ("beta",), limits=_CLAMP),
         Objective("sapo", sapo, _POLICY, ("tau_positive", "tau_negative"), limits=_CLAMP),
     )

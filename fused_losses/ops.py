@@ -31,7 +31,7 @@ from .problem import (
     logprobs_shape,
     stats_shape,
 )
-from .stages import Seen
+from .stages import Forward
 
 _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
@@ -270,12 +270,12 @@ class Watched(NamedTuple):
             loss, logprobs, gradient = _operators.loss_and_grad(logits, *arguments)
         return loss, logprobs, (gradient,)
 
-    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen:
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward:
         (logits,) = inputs
         loss, logprobs, coefficients, stats = _operators.forward(
             logits, *encode(problem, self.backend, self.validate), reduce
         )
-        return Seen(loss, logprobs, Coefficients(coefficients), Stats(stats))
+        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats))
 
     def grad(
         self,

@@ -14,8 +14,9 @@ from test_terms import OPTIONS, drawn, with_targets
 from fused_losses.backends.cpu import BACKEND as CPU
 
 sys.path.insert(0, str(Path(__file__).parent / "host_cuda"))
-import build
 import draw
+
+import build
 
 pytestmark = pytest.mark.skipif(shutil.which(build.CXX) is None, reason=f"there is no {build.CXX} to compile with")
 

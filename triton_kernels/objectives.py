@@ -83,14 +83,6 @@ def cispo(logp, old_logprobs, advantages, low, high, clamp):
 
 
 @triton.jit
-def reinforce(logp, old_logprobs, advantages, clamp):
-    ratio = tl.exp(log_ratio(logp, old_logprobs, clamp)[0])
-    g = tl.where(no_advantage(old_logprobs, advantages), 0.0, -ratio * advantages)
-    value = tl.where(g == 0, 0.0, g * logp)  # ratio 0 comes with logp -inf
-    return nan_unless(clamp >= 0, value, g)
-
-
-@triton.jit
 def dro(logp, old_logprobs, advantages, beta, clamp):
     log_r, flows = log_ratio(logp, old_logprobs, clamp)
     reward = tl.where(advantages == 0, 0.0, logp * advantages)
