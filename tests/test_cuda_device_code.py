@@ -239,7 +239,11 @@ BUGS = {
         "for (int stop = left_out_vector < 0 ? span.vectors : left_out_vector;",
         "for (int stop = span.vectors;",
     ),
-    "nothing after the target's chunk": ("cuda/two_sweeps.cuh", "v += step, stop = span.vectors)", "v += step)"),
+    "nothing after the target's chunk": (
+        "cuda/two_sweeps.cuh",
+        "v += step, stop = span.vectors)",
+        "v += span.vectors, stop = span.vectors)",
+    ),
     "target's chunk until its end": ("cuda/two_sweeps.cuh", "v - thread < span.vectors;", "v - thread < stop;"),
     "target's vector in its chunk": ("cuda/two_sweeps.cuh", "&& at != left_out_vector;", ";"),
     "target's whole vector left out": ("cuda/two_sweeps.cuh", "< 0 ? 0 : kWidth<T>)) {", "< 0 ? 0 : 0)) {"),
@@ -309,7 +313,7 @@ BUGS = {
     "rows in flight chosen by the number of rows": (
         "cuda/launch.cu",
         "max_rows == 1 ? 1 :",
-        "max_rows == 1 || rows.n == 1 ? 8 :",
+        "rows.n == 1 ? 4 : max_rows == 1 ? 1 :",
     ),
     "a row's order by its place": (
         "cuda/two_sweeps.cuh",
