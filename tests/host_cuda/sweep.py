@@ -195,7 +195,7 @@ class Case:
             ("loss", "row_losses", "logprobs", "coefficients"), objective(module, out["stats"], asked), strict=True
         )
         upstream, stride = self.upstream
-        factors = np.resize(upstream, n) if stride == 0 else upstream
+        factors = upstream[:1] if stride == 0 else upstream
         idle = (out["coefficients"] == 0).all(0) | (factors == 0)
         logits.guard(idle & (not self.in_place))
         gradient(
