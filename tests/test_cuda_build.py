@@ -45,7 +45,7 @@ def module() -> Path:
 
 
 def in_new_process(module: Path, code: str) -> str:
-    """Imports the module alone, neither torch nor fused_losses."""
+    """Imports the module alone, without fused_losses."""
     load = (
         "import importlib.util as u, pathlib\n"
         f"s = u.spec_from_file_location('_cuda', {str(module)!r}); m = u.module_from_spec(s); s.loader.exec_module(m)\n"
@@ -55,10 +55,11 @@ def in_new_process(module: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_needs_no_driver_and_no_torch(module):
-    mapped = in_new_process(module, "print(pathlib.Path('/proc/self/maps').read_text())")
+def test_is_linked_with_no_driver_and_no_torch(module):
+    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in needed
     for library in ("libcudart", "libcuda.so", "libtorch", "libc10"):
-        assert library not in mapped
+        assert library not in needed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -68,10 +69,9 @@ def test_says_why_without_a_device(module):
     assert ";" in reason, "a cause, then what to do about it"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_launch_without_a_device_raises(module):
-    code = "try: m.scale((0, 1, 1, 8, 8), 0, 8, 0, 0)\nexcept RuntimeError as e: print(e)"
-    assert "cudaError" in in_new_process(module, code)
+def test_takes_cuda_tensors_only(module):
+    code = "import torch\ntry: m.scale(torch.zeros(1, 8), torch.ones(()), 0)\nexcept ValueError as e: print(e)"
+    assert "gradient is on a device" in in_new_process(module, code)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -195,7 +195,7 @@ class Case:
             ("loss", "row_losses", "logprobs", "coefficients"), objective(module, out["stats"], asked), strict=True
         )
         upstream, stride = self.upstream
-        factors = np.resize(upstream, n) if stride == 0 else upstream
+        factors = upstream[:1] if stride == 0 else upstream
         idle = (out["coefficients"] == 0).all(0) | (factors == 0)
         logits.guard(idle & (not self.in_place))
         gradient(
@@ -231,8 +231,9 @@ class Case:
             for row, active in zip(got.rows, self.active, strict=True):
                 if name != "scale" and not active and row.any():
                     raise Wrong(f"{name}: an inactive row is not +0")
-        if self.n > 1:
-            self.check_alone(out, self.seed % self.n)
+        read = np.flatnonzero(self.reads)
+        if self.n > 1 and read.size:
+            self.check_alone(out, int(read[self.seed % read.size]))
 
     def check_alone(self, out, r):
         """A row that is the only one of its batch, elsewhere in memory and at the same phase, gets the same bits."""
@@ -461,12 +462,15 @@ def with_terms(module):
     loss, grad = one_token([1e38, 0.0, 0.0], 0, label_smoothing=0.5)
     close("huge logits, smoothed loss", loss, 1e38 / 3, 1e-6)
     close("huge logits, smoothed gradient", grad, [1 / 3, -1 / 6, -1 / 6], 1e-6)
+    loss, grad = one_token([0.0, 1e38, 0.0], 0, label_smoothing=0.5)
+    close("huge other, smoothed loss", loss, 1e38 / 2 + 1e38 / 3, 1e-6)
+    close("huge other, smoothed gradient", grad, [-2 / 3, 5 / 6, -1 / 6], 1e-6)
     x = np.float32([1.5, -0.7, 0.3, -2.0]).astype(np.float64)
     z = 1000 * np.tanh(x / 1000)
     loss, _ = one_token(x, 1, 1000.0)
     close("cap far above the logits", loss, np.log(np.exp(z).sum()) - z[1], 1e-6)
     for mask in (-1e4, -1e30, np.finfo(np.float32).min):
-        loss, grad = one_token([mask, 3.0, mask], 1, temperature=0.5, z_loss=0.5)
+        loss, grad = one_token([mask, 3.0, mask], 1, temperature=0.5, z_loss=0.5, entropy=True, entropy_coef=1.0)
         close("others masked, z-loss", loss, 0.5 * 6.0**2, 1e-6)
         close("others masked, z-loss, gradient", grad, [0, 2 * 6.0, 0], 1e-6)
 
@@ -485,6 +489,11 @@ def with_terms(module):
     close("terms, upstream 0", two_phase([inf, 1, nan, 1], 0.0), [0, 0, 0])
     close("terms, ignored", two_phase([0, 0, 0, 0], 1.0, IGNORE), [0, 0, 0])
     close("terms, target outside", two_phase([0, 0, 1, 0], 1.0, 3), [nan] * 3)
+    rows, table = Matrix.of([[0.0, 1.0, 2.0]]), [[2.0], [1 / p[2]], [0.0], [nan], [0.0], [0.0]]
+    several = targets(np.int64([[0, 3]]), np.float32([[1, 1]]))
+    asked = problem(several, 3, module.objectives.index("cross_entropy"), plain=False)
+    gradient(module, rows.arg, rows.arg, asked, table, np.reshape([0, 0, 1, 0], (4, 1)))
+    close("terms, one of several targets outside", rows.matrix()[0], [nan] * 3)
 
 
 def main(library, cases, first=None):
