@@ -213,6 +213,8 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     terms.test_stats_as_eager(2.0, 1)
 
     one_shot(monkeypatch, True)
+    tail.test_what_each_of_the_others_adds_may_underflow()
+    tail.test_target_outside_ends_no_other_row()
     tail.check_tail(5)
     check_terms(terms_case("all of a policy", "ppo", 51, torch.float32), padding=3)
     check_terms(terms_case("smoothed", "cross_entropy", 37, torch.float32, 20))
@@ -221,7 +223,7 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     tail.check_tail(131)
     tail.check_tail(72, terms=Terms(entropy=True))
     check_terms(terms_case("capped smoothed", "cross_entropy", 131, torch.float32))
-    check_terms(terms_case("smoothed", "cross_entropy", 1, torch.float32))
+    check_terms(terms_case("capped smoothed", "cross_entropy", 1, torch.float32))
     check_terms(terms_case("capped entropy", "cross_entropy", 40, torch.float32, 5))
     tail.test_what_a_target_may_hold(40, False, None, monkeypatch)
     tail.test_what_a_target_may_hold(1, False, 3.0, monkeypatch)
