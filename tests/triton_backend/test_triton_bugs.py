@@ -26,7 +26,7 @@ from fused_losses.backends.triton import BACKEND
 from fused_losses.problem import Terms
 
 MUTANTS = [
-    ("rows.py", "(offset + (VECTOR - 1)) // VECTOR * VECTOR", "(offset + VECTOR) // VECTOR * VECTOR"),
+    ("rows.py", "(offset + (VECTOR - 1)) // VECTOR * VECTOR", "offset + offset % VECTOR"),
     ("rows.py", "(vocab - head) // VECTOR", "vocab // VECTOR"),
     (
         "rows.py",
