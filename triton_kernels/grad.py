@@ -101,10 +101,9 @@ def grad(
             top = tl.maximum(maximum, target_y) if ROW.single else maximum
             share = row_shares(token, row, num_targets, ROW)
             whole = over_targets(share, ROW)
-            counts = share != 0
             valid = in_vocab(target, vocab)
             if not ROW.plain:
-                outside = counts & (valid == 0)
+                outside = (share != 0) & (valid == 0)
                 whole = tl.where(is_any(outside, ROW), float("nan"), whole)  # and so is the row
             dense = dense_factors(by, whole, softmax, inverse_t)
             y = squash(load_tile(source + columns, inside, "evict_first"), inverse_cap, ROW)
@@ -118,8 +117,6 @@ def grad(
                 in_body = (target >= head) & (target < head + body)
                 owner = tl.where(in_body, owner, start == 0) != 0  # where of flags is no flag in the interpreter
             stored = owner & valid
-            if not ROW.single:
-                stored = stored & counts
             if is_any(stored, ROW):
                 slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
                 merged = merged_shares(token, row, target, share, num_targets, ROW)

@@ -187,7 +187,7 @@ def loss_and_grad(
                     tl.store(grad + grad_offset + side, value, mask=exists)
                 if not ROW.single:
                     tl.debug_barrier()
-                    tl.store(grad + grad_offset + target, own, mask=inside & (share != 0))
+                    tl.store(grad + grad_offset + target, own, mask=inside)
 
         if coefficients == 0:
             write_zeros(destination, body, TILE)

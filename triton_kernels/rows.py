@@ -45,9 +45,10 @@ def row_offset(row, inner, outer_stride, inner_stride):
 @triton.jit
 def cut(offset, vocab, PLAN: tl.constexpr):
     """(head, body): `head` ragged elements, then `body` elements in whole vectors, then the rest."""
-    vocab = core.to_tensor(vocab)  # the interpreter of Triton 3.7 leaves it an integer, which tl.minimum refuses
     if PLAN.ragged:
-        head = tl.minimum((VECTOR - offset % VECTOR) % VECTOR, vocab).to(tl.int32)
+        # not VECTOR - offset % VECTOR: in the interpreter of Triton 3.7 what begins with a constexpr stays one
+        boundary = (offset + (VECTOR - 1)) // VECTOR * VECTOR
+        head = tl.minimum(boundary - offset, vocab).to(tl.int32)
         body = (vocab - head) // VECTOR * VECTOR
     else:
         head = 0

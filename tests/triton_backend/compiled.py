@@ -137,13 +137,15 @@ def launch(
 # ---- What each kernel compiles to ----
 
 
-def kernels() -> list[dict[str, Any]]:
+def kernels(everything: bool) -> list[dict[str, Any]]:
+    """Of every stage, on every architecture; else a sample of them."""
     found: list[dict[str, Any]] = []
 
-    def record(arch: int, vocab: int, dtype: torch.dtype, case: str = "", **given: Any) -> None:
+    def record(arch: int, vocab: int, dtype: torch.dtype, case: str = "", stages: str = ALL_STAGES) -> None:
         DRIVER.arch = arch
         LAUNCHES.clear()
-        problem = launch(torch.empty(4, vocab, dtype=dtype), **given)
+        stages = ALL_STAGES if everything else stages
+        problem = launch(torch.empty(4, vocab, dtype=dtype), stages, **cases[case])
         for name, _, kernel in LAUNCHES:
             facts = {"kernel": name, "case": case, "arch": arch, "vocab": vocab}
             facts |= {"dtype": str(dtype).removeprefix("torch."), "warps": kernel.metadata.num_warps}
@@ -151,26 +153,37 @@ def kernels() -> list[dict[str, Any]]:
             facts["one_shot"] = walk.one_shot
             found.append(facts | examine(kernel.asm["cubin"]))
 
-    vocabularies = (32000, 128256, 50257, 151643)
     several = {"targets": torch.zeros(4, 5, dtype=torch.int64), "shares": torch.zeros(4, 5)}
     cross_entropy = {"objective": OBJECTIVES["cross_entropy"]}
     kl = {"kl_type": "k3", "kl_coef": 0.1, "ref_logprobs": torch.zeros(4)}
     cases: dict[str, dict[str, Any]] = {
+        "": {},
         "entropy": {"terms": Terms(entropy=True, entropy_coef=0.1, **kl)},
         "smoothed": {"terms": Terms(label_smoothing=0.1, z_loss=0.1)} | cross_entropy,
         "capped": {"softcap": 30.0},
         "capped entropy": {"softcap": 30.0, "terms": Terms(entropy=True, entropy_coef=0.1)},
         "targets": several | {"softcap": 30.0, "terms": Terms(label_smoothing=0.1)} | cross_entropy,
     }
-    for arch in MACHINES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for vocab in vocabularies if arch == 90 else vocabularies[1:]:
-                record(arch, vocab, dtype)
-        for name, given in cases.items():
-            for dtype, vocab in ((torch.bfloat16, 8192), (torch.bfloat16, 128256), (torch.float32, 128256)):
-                if arch == 90 or (vocab, dtype) == (128256, torch.bfloat16):
-                    record(arch, vocab, dtype, name, **given)
-            record(arch, 50257, torch.bfloat16, name, **given)
+    half, single = torch.bfloat16, torch.float32
+    for vocab in (32000, 128256, 50257, 151643):
+        record(90, vocab, half)
+    for vocab in (128256, 151643):
+        record(90, vocab, single, "", "one pass, stats")
+        for arch in (80, 100):
+            record(arch, vocab, half, "", "one pass")
+    for case in list(cases)[1:]:
+        record(90, 128256, half, case, "one pass, stats, grad")
+        record(90, 50257, half, case, "one pass")
+        record(90, 8192, half, case, "one pass")
+    for case in ("entropy", "targets"):
+        record(90, 128256, single, case, "one pass")
+        record(100, 151643, half, case, "one pass")
+    if everything:
+        for arch in MACHINES:
+            for case in cases:
+                for vocab in (8192, 50257, 128256):
+                    record(arch, vocab, half, case)
+                    record(arch, vocab, single, case)
     return found
 
 
@@ -311,7 +324,7 @@ def per_element(kernel: dict[str, Any], loop: dict[str, int]) -> float | None:
 
 def main() -> None:
     compile_only()
-    found = kernels()
+    found = kernels("--json" not in sys.argv)
     if "--json" not in sys.argv:
         print(f"Triton {triton.__version__}: instructions per element of each loop over a row (w: that writes)")
         for k in found:

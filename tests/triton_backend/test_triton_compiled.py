@@ -61,7 +61,7 @@ def test_no_loop_spills(report: dict[str, Any]) -> None:
     for k in report["kernels"]:
         sweeps = k["loops"] if k["kernel"] in ("loss_and_grad", "stats") else []
         assert not any(loop["local"] for loop in sweeps), describe(k)
-        assert k["local"] <= 48, f"{describe(k)}, {k['local']} local accesses"
+        assert k["local"] <= 60, f"{describe(k)}, {k['local']} local accesses"
 
 
 def test_two_programs_of_eight_warps_share_a_processor(report: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from triton_cases import DEVICE, assert_only_inside, guarded, one_shot, problem,
 
 from fused_losses.backends import triton as backend
 from fused_losses.backends.triton import BACKEND
-from fused_losses.problem import Terms
+from fused_losses.problem import Stats, Terms
 
 GAPS = (0.0, 1.0, 5.0, 12.0, 20.0, 40.0, 60.0, -3.0, -30.0)
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -89,6 +89,25 @@ def test_sure_tokens_of_real_vocabularies(vocab: int, monkeypatch: pytest.Monkey
     check_tail(vocab, (12.0, 60.0), (0.5,))
 
 
+def test_what_each_of_the_others_adds_may_underflow() -> None:
+    """Their sum does not."""
+    distance, sum = torch.tensor([90.0, 95.0, 98.0]), torch.full((3,), 1e5)
+    stats = Stats(torch.stack((torch.zeros(3), sum, distance)).to(DEVICE))
+    given = problem(torch.zeros(3, dtype=torch.int64), 151_936)
+    losses, _, _ = BACKEND.objective(stats, given, False)
+    exact = torch.log1p(sum.double() * torch.exp(-distance.double()))
+    torch.testing.assert_close(losses.cpu().double(), exact, rtol=3e-5, atol=0)
+
+
+def test_target_outside_ends_no_other_row() -> None:
+    """Nor does it write past the last one."""
+    for vocab in (24, 21):
+        logits = torch.randn(2, vocab)
+        for _, logprobs, gradient in both_ways(logits, problem(torch.tensor([1, vocab]), vocab)):
+            assert logprobs.isnan().tolist() == [False, True]
+            assert gradient[0].isfinite().all() and gradient[1].isnan().all()
+
+
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -137,9 +156,12 @@ def test_what_a_target_may_hold(vocab: int, shot: bool, softcap: float | None, m
     if softcap is not None:
         expected = torch.where(logits.isinf(), 0.0, expected * (1 - torch.tanh(logits.double() / softcap) ** 2))
         expected[logits.isnan().any(1)] = torch.nan
+    entropy = -(exact.exp() * exact.clamp(min=-1e9)).sum(1)
     for terms in (Terms(), Terms(entropy=True)):
         given = problem(targets, vocab, temperature=0.5, softcap=softcap, terms=terms)
         for _, logprobs, gradient in both_ways(logits, given):
             seen = logprobs if given.plain else logprobs[0]
             torch.testing.assert_close(seen.float(), logp.float(), rtol=1e-6, atol=1e-6, equal_nan=True)
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+            if terms.entropy:
+                torch.testing.assert_close(logprobs[1], entropy, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -92,6 +92,17 @@ def test_unread_token_has_logprob_zero(ignored: bool, terms: Terms) -> None:
     assert losses.item() == 0 and not logprobs.any() and not coefficients.table.any()
 
 
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_nan_row_is_nan_whatever_its_loss(name: str) -> None:
+    """Advantage 0 makes the loss of any other row 0."""
+    objective = OBJECTIVES[name]
+    inputs = (-1.0, 0.0)[: len(objective.inputs)] + (BOUNDS[name] if objective.bounds else ())
+    stats = Stats(torch.tensor([[0.0], [1.0], [torch.nan]], device=DEVICE))
+    given = problem(torch.zeros(1, dtype=torch.int64), 2, name, inputs)
+    losses, logprobs, coefficients = BACKEND.objective(stats, given, False)
+    assert losses.isnan() and logprobs.isnan() and coefficients.table.isnan()
+
+
 def test_clipped_token_survives_an_infinite_scale() -> None:
     given = problem(
         torch.zeros(1, dtype=torch.int64),
