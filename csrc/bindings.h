@@ -23,7 +23,7 @@ namespace py = pybind11;
     apply(upstream) apply(normaliser) apply(table)                                                                  \
     apply(targets) apply(tokens) apply(ignore_index) apply(shares)                                                  \
     apply(transform) apply(temperature) apply(softcap)                                                              \
-    apply(weights) apply(objective) apply(name) apply(inputs) apply(denominator) apply(vocab) apply(all_logprobs)   \
+    apply(weights) apply(plain) apply(objective) apply(name) apply(inputs) apply(denominator) apply(vocab) apply(all_logprobs)   \
     apply(terms) apply(importance_weights) apply(ref_logprobs) apply(kl_coef) apply(entropy_coef)                   \
     apply(log_ratio_clamp) apply(label_smoothing) apply(z_loss) apply(kl_type) apply(kl_weighted_by_ratio)          \
     apply(entropy)
@@ -33,8 +33,10 @@ struct Objectives {
     const char* name;
     const char* inputs;  // "old_logprobs, advantages"
 
-    Py_ssize_t num_inputs() const {
-        return *inputs ? 1 + std::count(inputs, inputs + std::char_traits<char>::length(inputs), ',') : 0;
+    constexpr Py_ssize_t num_inputs() const {
+        Py_ssize_t num = *inputs ? 1 : 0;
+        for (const char* c = inputs; *c; ++c) num += *c == ',';
+        return num;
     }
 };
 
@@ -43,6 +45,13 @@ constexpr Objectives kObjectives[] = {// by Objective
                                       FL_OBJECTIVES(FL_INPUTS)
 #undef FL_INPUTS
 };
+
+constexpr bool inputs_fit() {
+    for (const Objectives& objective : kObjectives)
+        if (objective.num_inputs() > kMaxInputs) return false;
+    return true;
+}
+static_assert(inputs_fit(), "kMaxInputs of objectives.h is too small");
 
 // Made once, when the module is imported.
 struct Python {
@@ -66,7 +75,8 @@ struct Python {
         const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
         const auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
         while (api && api->major > dlpack::kMajor) api = api->previous;
-        if (!api || api->major != dlpack::kMajor) throw py::import_error("torch has another version of DLPack");
+        if (!api || api->major != dlpack::kMajor || !api->tensor_from_object)
+            throw py::import_error("torch has another version of DLPack");
         tensor_type = tensor.ptr();
         tensor_from_object = api->tensor_from_object;
     }
@@ -129,12 +139,19 @@ inline int id_in(const py::dict& ids, PyObject* key, PyObject* name) {
 
 // ---- Tensors -------------------------------------------------------------------------------------------------------
 
+inline int64_t elements(const dlpack::Tensor& t) {
+    int64_t product = 1;
+    for (int i = 0; i < t.ndim; ++i) product *= t.shape[i];
+    return product;
+}
+
 inline dlpack::Tensor tensor(PyObject* object, PyObject* name) {
     if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(python().tensor_type)))
         refuse_type(object, name, "a tensor");
     dlpack::Tensor out;
     if (python().tensor_from_object(object, &out) != 0) throw py::error_already_set();
     if (out.device_type != python().device_type) refuse(name, "is on a device that this backend does not run on");
+    if (!out.data && elements(out) > 0) refuse(name, "has no memory");  // a subclass that wraps other tensors
     out.data = static_cast<char*>(out.data) + out.byte_offset;
     return out;
 }
@@ -143,17 +160,11 @@ inline bool is(const dlpack::Tensor& t, dlpack::TypeCode code, int bits) {
     return t.dtype.code == code && t.dtype.bits == bits;
 }
 
-inline int64_t elements(const dlpack::Tensor& t) {
-    int64_t product = 1;
-    for (int i = 0; i < t.ndim; ++i) product *= t.shape[i];
-    return product;
-}
-
 inline bool contiguous(const dlpack::Tensor& t) {
     if (elements(t) == 0) return true;
     int64_t stride = 1;
     for (int i = t.ndim; i-- > 0; stride *= t.shape[i])
-        if (t.shape[i] > 1 && t.strides[i] != stride) return false;
+        if (t.shape[i] > 1 && t.strides[i] != stride) return elements(t) == 0;
     return true;
 }
 
@@ -254,13 +265,6 @@ inline Terms terms(PyObject* record, int64_t n) {
     return out;
 }
 
-inline bool is_plain(const Problem& problem) {
-    const Terms& terms = problem.terms;
-    return !problem.targets.shares && problem.transform.softcap == 0.f && terms.kl_type == Kl::none && !terms.entropy &&
-           terms.label_smoothing == 0.f && terms.z_loss == 0.f && !terms.importance_weights.data &&
-           terms.importance_weights.value == 1.f;
-}
-
 inline Problem problem(PyObject* record, int64_t n) {
     const Python& py = python();
     Problem out;
@@ -278,7 +282,7 @@ inline Problem problem(PyObject* record, int64_t n) {
     out.denominator = column_of(record, n, py.denominator);
     out.vocab = integer(field(record, py.vocab), py.vocab);
     out.all_logprobs = flag(field(record, py.all_logprobs));
-    out.plain = is_plain(out);
+    out.plain = flag(field(record, py.plain));
     return out;
 }
 

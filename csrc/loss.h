@@ -78,8 +78,8 @@ FL_HD float target_gradient(const Coefficients& by, float share, float whole, co
     // share - whole p; where p is near 1 and the target has the whole, made of 1 - p
     const float drawn = target.p < 0.5f ? share - whole * target.p : (share - whole) + whole * target.others;
     // p 0 and distance -inf: nothing
-    const float drift = by.h == 0.f || target.p == 0.f ? 0.f : by.h * (target.distance - mean);
-    return by.g * drawn + target.p * (by.zeta - drift) + by.s;
+    const float away = by.h == 0.f || target.p == 0.f ? 0.f : by.h * (target.distance - mean);
+    return by.g * drawn + target.p * (by.zeta - away) + by.s;
 }
 
 // What an element that is no target's gets: e_j (constant + slope d_j) + offset, d_j = z_j - z_max, e_j = e^d_j.

@@ -20,6 +20,7 @@ from .problem import (
     BackendName,
     Column,
     How,
+    Logprobs,
     PolicyTerms,
     Problem,
     Reduction,
@@ -47,6 +48,7 @@ def policy(
     reduction: Reduction,
     how: How,
 ) -> Result:
+    columns = {**columns, "log_ratio_clamp": terms.log_ratio_clamp}
     return _of_objective(OBJECTIVES[name], logits, target_tokens, columns, terms, transform, reduction, how)
 
 
@@ -151,33 +153,24 @@ def policy_loss(
     reduction: Reduction,
     how: How,
 ) -> Result:
-    named, columns = composition.named(objective, inputs, terms)
+    named, columns, terms = composition.named(objective, inputs, terms)
     if named is None:
         assert callable(objective)
         function = composition.of_function(objective, inputs)
         return _composed(function, logits, target_tokens, columns, Sequences(), terms, transform, reduction, how)
     logits, _ = checks.logits_and_targets(logits, target_tokens)
     backend = checks.backend(how.backend)
-    if backend == "auto" and named.triton is not None and logits.is_cuda:
-        how = how._replace(backend="triton" if unusable("triton", logits.device) is None else "auto")
-    # Operators know objectives by name, and so only ours.
-    ours = OBJECTIVES.get(named.name) is named
-    watched = checks.watched(logits, target_tokens)
-    if ours or (not watched and resolve(how.backend, logits.device).runs(named)):
-        return _of_objective(named, logits, target_tokens, columns, terms, transform, reduction, how)
-    _inputs(named, columns, terms, logits)
-    function = composition.of_objective(named)
-    return _composed(
-        function,
-        logits,
-        target_tokens,
-        {**columns, "log_ratio_clamp": terms.log_ratio_clamp},
-        Sequences(),
-        terms,
-        transform,
-        reduction,
-        how,
-    )
+    if backend == "auto" and named.triton is not None and logits.is_cuda and not unusable("triton", logits.device):
+        how = how._replace(backend="triton")
+    if OBJECTIVES.get(named.name) is not named:
+        # Operators know objectives by name, and so only ours.
+        given = (*columns.values(), *transform, *reduction, *terms)
+        watched = checks.watched(logits, target_tokens, *(value for value in given if isinstance(value, Tensor)))
+        if watched or not resolve(how.backend, logits.device).runs(named):
+            _inputs(named, columns, logits)
+            function = composition.of_objective(named)
+            return _composed(function, logits, target_tokens, columns, Sequences(), terms, transform, reduction, how)
+    return _of_objective(named, logits, target_tokens, columns, terms, transform, reduction, how)
 
 
 def logprobs(
@@ -207,7 +200,8 @@ def logprobs(
     if stages.wants_gradient((logits,)):
         logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, logits)
     else:
-        logp, entropy = source.forward((logits,), problem, False).logprobs
+        seen = Logprobs(source.forward((logits,), problem, False).logprobs)
+        logp, entropy = seen.targets(), seen.entropy()
     return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
 
 
@@ -231,7 +225,7 @@ def _of_objective(
         transform=_transform(transform, logits),
         weights=1.0 if reduction.weights is None else checks.column("weights", reduction.weights, logits),
         objective=objective,
-        inputs=_inputs(objective, columns, terms, logits),
+        inputs=_inputs(objective, columns, logits),
         terms=_terms(terms, logits),
         denominator=divisor,
         vocab=logits.shape[-1],
@@ -259,16 +253,14 @@ def _run(
     source = _source(logits, problem, how if wants_gradient else how._replace(inplace=False))
     if mean:
         problem = problem._replace(denominator=source.normaliser(problem))
-    loss, seen = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)
+    loss, table = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)
     if not reduce:
         loss = loss.view(logits.shape[:-1])
     if not how.return_outputs:
         return loss
-    entropy = None
-    if not problem.plain:
-        entropy = seen[-1].view(logits.shape[:-1]) if problem.terms.entropy else None
-        seen = seen[:-1].t()
-    return loss, Outputs(seen.reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
+    seen = Logprobs(table)
+    entropy = seen.entropy().view(logits.shape[:-1]) if problem.terms.entropy else None
+    return loss, Outputs(seen.targets().reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
 
 
 def _source(logits: Tensor, problem: Problem, how: How) -> stages.Source:
@@ -276,11 +268,11 @@ def _source(logits: Tensor, problem: Problem, how: How) -> stages.Source:
     return kind(how.backend, how.inplace, how.validate)
 
 
-def _inputs(objective: Objective, columns: Columns, terms: PolicyTerms, logits: Tensor) -> tuple[Column, ...]:
+def _inputs(objective: Objective, columns: Columns, logits: Tensor) -> tuple[Column, ...]:
     """The objective's columns in its order, its bounds checked as far as the host knows them."""
     inputs: list[Column] = []
     for name in objective.columns:
-        value = terms.log_ratio_clamp if name == "log_ratio_clamp" and name not in columns else columns[name]
+        value = columns[name]
         if value is None and name in objective.limits:
             inputs.append(math.inf)
             continue
@@ -325,12 +317,19 @@ def _transform(transform: Transform, logits: Tensor) -> Transform:
     softcap = None if transform.softcap is None else checks.number("softcap", transform.softcap)
     scale = checks.number("logit_scale", transform.logit_scale)
     if scale == 1.0:
-        return Transform(temperature, softcap)
+        return _within_range(temperature, softcap)
     if softcap is not None:
         softcap = checks.number("softcap / logit_scale", softcap / scale)
     temperature = temperature / scale
     if isinstance(temperature, float):
         temperature = checks.number("temperature / logit_scale", temperature)
+    return _within_range(temperature, softcap)
+
+
+def _within_range(temperature: Column, softcap: float | None) -> Transform:
+    """Kernels multiply a tanh by softcap / temperature and by log2(e)."""
+    if softcap is not None and isinstance(temperature, float) and softcap > 1e38 * temperature:
+        raise ValueError(f"softcap / temperature must be at most 1e38, got {softcap} / {temperature}")
     return Transform(temperature, softcap)
 
 

@@ -21,7 +21,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = (Tensor, torch.nn.Parameter)
-_PLAIN = {*_TENSORS, type(None)}
+_PLAIN = {*_TENSORS, float, type(None)}
 _STRIDED = torch.strided
 _INT32, _INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 _in_dynamo = torch.compiler.is_dynamo_compiling
@@ -78,7 +78,7 @@ def _unwrapped(name: str, tensor: Tensor, logits: Tensor | None) -> Tensor:
     return copy
 
 
-def watched(*tensors: Tensor | None) -> bool:
+def watched(*tensors: Column | None) -> bool:
     """Whether a call on these tensors has to go through the dispatcher: somebody traces, or one of them is a subclass.
 
     Past the dispatcher a tensor's pointer is read, so that of a subclass that has no data must not get there.

@@ -117,17 +117,24 @@ def of_objective(objective: Objective) -> PerToken:
     return lambda logp, tokens: objective.formula(logp, *tokens.of(objective, logp))[0]
 
 
-def named(
-    objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any, ...], terms: PolicyTerms
-) -> tuple[Objective | None, dict[str, Any]]:
-    """(the objective, None for a function; its columns by name, ``log_ratio_clamp`` left to the terms)"""
+class Named(NamedTuple):
+    """What a call of policy_loss asks for."""
+
+    objective: Objective | None  # None for a function
+    columns: dict[str, Any]  # the objective's, by name
+    terms: PolicyTerms  # with the clamp that a column of that name has
+
+
+def named(objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any, ...], terms: PolicyTerms) -> Named:
     given: dict[str, Any] = {}
+    positional: tuple[str, ...] = ()
     if isinstance(objective, str):
         names = tuple(name for name, ours in OBJECTIVES.items() if ours.columns)
         if objective not in names:
             raise ValueError(f"objective must be a function, an Objective or one of {names}, got {objective!r}")
         given = {key: value for key, value in defaults(objective).items() if key in OBJECTIVES[objective].columns}
         objective = OBJECTIVES[objective]
+        positional = tuple(key for key in objective.columns if key != "log_ratio_clamp")  # as the loss itself has them
     elif isinstance(objective, Objective):
         if OBJECTIVES.get(objective.name, objective) != objective:
             raise ValueError(f"objective: {objective.name!r} is one of ours; choose another name")
@@ -136,11 +143,11 @@ def named(
             raise ValueError(f"objective: its inputs can't be called {taken}, which are arguments of policy_loss")
     elif callable(objective):
         # a function's first input is what KL is weighted by
-        return None, {"old_logprobs": inputs[0]} if inputs and terms.kl_weighted_by_ratio else {}
+        return Named(None, {"old_logprobs": inputs[0]} if inputs and terms.kl_weighted_by_ratio else {}, terms)
     else:
         raise TypeError(f"objective must be a function, an Objective or a name, got {type(objective).__name__}")
 
-    name, columns = objective.name, objective.columns
+    name, columns = objective.name, positional or objective.columns
     if len(inputs) > len(columns):
         raise ValueError(f"{name} takes the inputs {columns}, got {len(inputs)} inputs")
     given = dict.fromkeys(objective.limits) | given | dict(zip(columns, inputs, strict=False))
@@ -149,7 +156,11 @@ def named(
         raise ValueError(f"{name} takes the inputs {columns}, got none for {missing}")
     if terms.kl_weighted_by_ratio and columns[:1] != ("old_logprobs",):
         raise ValueError(f"kl_weighted_by_ratio needs old_logprobs as the first input, {name} has {columns}")
-    return objective, given
+    if terms.log_ratio_clamp is None:
+        terms = terms._replace(log_ratio_clamp=given.get("log_ratio_clamp"))
+    elif "log_ratio_clamp" in given:
+        given["log_ratio_clamp"] = terms.log_ratio_clamp
+    return Named(objective, given, terms)
 
 
 # ---- The composition ----

@@ -11,7 +11,7 @@ from . import checks
 from .backends import Backend, resolve
 from .backends.rows import rows
 from .problem import BackendName, Coefficients, Problem, Stats, Targets, Transform
-from .stages import Seen
+from .stages import Forward
 
 
 class Logits(NamedTuple):
@@ -37,11 +37,11 @@ class Logits(NamedTuple):
             loss, logprobs = backend.loss_and_grad(_walkable(logits), problem, gradient)
         return loss, logprobs, (gradient,)
 
-    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen:
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward:
         (logits,) = inputs
         backend = self._ready(logits, problem)
         stats = backend.stats(_walkable(logits), problem)
-        return Seen(*backend.objective(stats, problem, reduce), stats)
+        return Forward(*backend.objective(stats, problem, reduce), stats)
 
     def grad(
         self,

@@ -31,7 +31,7 @@ from .problem import (
     logprobs_shape,
     stats_shape,
 )
-from .stages import Seen
+from .stages import Forward
 
 _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
@@ -39,8 +39,8 @@ _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 def watched(logits: Tensor, problem: Problem) -> bool:
     """Whether a call has to come through here."""
     targets, terms = problem.targets, problem.terms
-    columns = (problem.weights, problem.denominator, *problem.inputs, problem.transform.temperature, *terms[:5])
-    return checks.watched(logits, targets.tokens, targets.shares, *(c for c in columns if isinstance(c, Tensor)))
+    columns = (problem.weights, problem.denominator, problem.transform.temperature, *problem.inputs, *terms[:5])
+    return checks.watched(logits, targets.tokens, targets.shares, *columns)
 
 
 # ---- The codec: a problem as what the dispatcher takes ----
@@ -270,12 +270,12 @@ class Watched(NamedTuple):
             loss, logprobs, gradient = _operators.loss_and_grad(logits, *arguments)
         return loss, logprobs, (gradient,)
 
-    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen:
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward:
         (logits,) = inputs
         loss, logprobs, coefficients, stats = _operators.forward(
             logits, *encode(problem, self.backend, self.validate), reduce
         )
-        return Seen(loss, logprobs, Coefficients(coefficients), Stats(stats))
+        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats))
 
     def grad(
         self,

@@ -187,11 +187,35 @@ class Stats(NamedTuple):
         return self.table[-1]
 
 
+class Logprobs(NamedTuple):
+    """What a token's row gave, in the shape of :func:`logprobs_shape`; 0 where it was not read.
+
+    Functions, where the records above have properties: torch.compile of torch 2.10 traces no property of a record.
+    """
+
+    table: Tensor
+
+    def targets(self) -> Tensor:
+        """(N,) or (N, K)"""
+        return self.table if self.table.dim() == 1 else self.table[:-1].t()
+
+    def entropy(self) -> Tensor:
+        """(N,), where it is asked for."""
+        return self.table[-1]
+
+
 class Coefficients(NamedTuple):
     """float32 (4, N): the derivatives of the loss by logp, H and lse, and that by every z_j alike, which is its
     derivative by zbar over the number of classes; each times weight / denominator. Plain (1, N): that by logp alone."""
 
     table: Tensor
+
+    @staticmethod
+    def of(g: Tensor, h: Tensor, zeta: Tensor, s: Tensor) -> Coefficients:
+        return Coefficients(torch.stack((g, h, zeta, s)))
+
+    def by_logprob(self) -> Tensor:
+        return self.table[0]
 
     @property
     def plain(self) -> bool:

@@ -197,10 +197,10 @@ def _sapo(given: _Asked) -> Any:
 
 
 def _policy_loss(given: _Asked) -> Any:
-    objective, columns = composition.named(given.objective, given.inputs, given.terms)
-    if objective is None:
-        return _composed(composition.of_function(given.objective, given.inputs), given, columns)
-    return _of_objective(objective, given._replace(columns=columns))
+    named = composition.named(given.objective, given.inputs, given.terms)
+    if named.objective is None:
+        return _composed(composition.of_function(given.objective, given.inputs), given, named.columns)
+    return _of_objective(named.objective, given._replace(columns=named.columns, terms=named.terms))
 
 
 cross_entropy = _per_token("cross_entropy")

@@ -16,7 +16,7 @@ from . import checks
 from .problem import Coefficients, Problem, Stats, Targets, Transform
 
 
-class Seen(NamedTuple):
+class Forward(NamedTuple):
     """What a forward without gradient gives."""
 
     loss: Tensor
@@ -35,7 +35,7 @@ class Source(Protocol):
     def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(loss, logprobs, a gradient for each input)"""
 
-    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Seen: ...
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward: ...
 
     def grad(
         self,
@@ -85,20 +85,21 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients = ctx.gradients
         if gradients is None:
             raise RuntimeError(
                 "a second backward through a one-pass fused loss: the first one consumed its gradient. "
                 "Pass recompute=True to the loss to run backward more than once."
             )
-        if _versions(gradients) != ctx.versions:
+        if not torch.compiler.is_compiling() and ctx.versions not in (None, _versions(gradients)):
             raise RuntimeError(
                 "the logits of a fused loss with inplace=True hold its gradient until backward, and have been modified "
                 "by an inplace operation (another loss with inplace=True is one). Pass inplace=False, or a copy."
             )
         if upstream is None:
             return None, None, *(None for _ in gradients)
-        ctx.source.scale(gradients, _float32(upstream))
+        ctx.gradients = None
+        ctx.source.scale(gradients, _float32(upstream, gradients[0]))
         return None, None, *gradients
 
 
@@ -120,7 +121,8 @@ class TwoPhase(torch.autograd.Function):
             return None, None, None, *(None for _ in range(ctx.inputs))
         kept = _kept(ctx)
         n = kept.targets.tokens.shape[0]
-        return None, None, None, *kept.gradient(kept.coefficients, _float32(upstream).expand(n))
+        upstream = _float32(upstream, kept.inputs[0])
+        return None, None, None, *kept.gradient(kept.coefficients, upstream.expand(n))
 
 
 class LogprobsAndEntropy(torch.autograd.Function):
@@ -138,13 +140,14 @@ class LogprobsAndEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = _kept(ctx)
-        own = kept.coefficients.table[0]
+        own = kept.coefficients.by_logprob()
         zero = torch.zeros_like(own)
-        by_logprob, by_entropy = (zero if u is None else _float32(u) for u in upstream)
-        given = torch.stack((by_logprob, by_entropy, zero, zero))
         # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
-        given = torch.where(own == 0, 0.0, given * own)
-        return None, None, *kept.gradient(Coefficients(given), torch.ones_like(zero))
+        by_logprob, by_entropy = (
+            zero if u is None else torch.where(own == 0, 0.0, _float32(u, kept.inputs[0]) * own) for u in upstream
+        )
+        coefficients = Coefficients.of(by_logprob, by_entropy, zero * own, zero * own)
+        return None, None, *kept.gradient(coefficients, torch.ones_like(zero))
 
 
 class _Kept(NamedTuple):
@@ -161,7 +164,7 @@ class _Kept(NamedTuple):
         return self.source.grad(self.inputs, self.targets, self.transform, self.stats, coefficients, upstream)
 
 
-def _keep(ctx: Any, source: Source, problem: Problem, inputs: tuple[Tensor, ...], seen: Seen) -> None:
+def _keep(ctx: Any, source: Source, problem: Problem, inputs: tuple[Tensor, ...], seen: Forward) -> None:
     targets, transform = problem.targets, problem.transform
     temperature = transform.temperature if isinstance(transform.temperature, Tensor) else None
     tensors = (targets.tokens, targets.shares, temperature, seen.stats.table, seen.coefficients.table)
@@ -184,6 +187,6 @@ def _versions(tensors: tuple[Tensor, ...]) -> list[int] | None:
     return None if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]
 
 
-def _float32(upstream: Tensor) -> Tensor:
-    upstream = checks.plain("the upstream gradient", upstream)
+def _float32(upstream: Tensor, beside: Tensor) -> Tensor:
+    upstream = checks.plain("the upstream gradient", upstream, beside)
     return upstream if upstream.dtype is torch.float32 else upstream.float()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -58,10 +61,67 @@ def require(backend: str) -> None:
         pytest.skip(f"{NEEDS_GPU}: backend {backend}" if needs_gpu else f"backend {backend}: {reason}")
 
 
-@pytest.fixture(params=("eager", "cpu", "triton", "cuda"))
-def backend(request: pytest.FixtureRequest) -> str:
-    require(request.param)
-    return request.param
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+
+# Where numbers are compared: the CPU backend runs there with every instruction set of the machine, as each sums in an
+# order of its own. Elsewhere it runs with the best.
+EACH_INSTRUCTION_SET = ("test_values", "test_gradients", "test_losses")
+
+
+def instruction_sets() -> list[str]:
+    """Those that the CPU backend has here, the best first."""
+    try:
+        return import_module("fused_losses._cpu").instruction_sets()
+    except ImportError:
+        return []
+
+
+@contextmanager
+def using(instruction_set: str) -> Iterator[None]:
+    cpu = import_module("fused_losses._cpu")
+    before = cpu.instruction_set_in_use()
+    cpu.use_instruction_set(instruction_set)
+    try:
+        yield
+    finally:
+        cpu.use_instruction_set(before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--instruction-set", help="what the CPU backend runs on throughout: avx512, avx2 or baseline")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    forced = config.getoption("--instruction-set")
+    if forced is None:
+        return
+    if forced not in instruction_sets():
+        raise pytest.UsageError(f"--instruction-set {forced}: here are {', '.join(instruction_sets()) or 'none'}")
+    import_module("fused_losses._cpu").use_instruction_set(forced)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"CPU instruction sets: {config.getoption('--instruction-set') or ', '.join(instruction_sets()) or 'none'}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    each = metafunc.module.__name__ in EACH_INSTRUCTION_SET and not metafunc.config.getoption("--instruction-set")
+    if not each or "backend" not in metafunc.fixturenames:
+        return
+    cpu = [f"cpu-{name}" for name in instruction_sets()] or ["cpu"]
+    params = [p for name in BACKENDS for p in (cpu if name == "cpu" else [name])]
+    metafunc.parametrize("backend", params, indirect=True)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    name, _, instruction_set = request.param.partition("-")
+    require(name)
+    if not instruction_set:
+        yield name
+        return
+    with using(instruction_set):
+        yield name
 
 
 @pytest.fixture(params=("cpu", "triton", "cuda"))

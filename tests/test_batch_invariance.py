@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, MODES
-from conftest import require
+from conftest import instruction_sets, require, using
 from torch import Tensor
 
 import fused_losses
@@ -138,16 +137,13 @@ def test_float32_rows_of_an_odd_number_of_16_byte_vectors(backend, device, vocab
 
 
 @contextmanager
-def cpu_with(instruction_set: str, threads: int) -> Iterator[None]:
-    cpu = import_module("fused_losses._cpu")
+def threads_of(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    cpu.use_instruction_set(instruction_set)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        cpu.use_instruction_set(cpu.instruction_sets()[0])
 
 
 @pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "baseline"])
@@ -155,9 +151,9 @@ def cpu_with(instruction_set: str, threads: int) -> Iterator[None]:
 def test_any_row_on_cpu(vocab, threads, instruction_set):
     """Rows on no boundary, too, under every instruction set and any number of threads."""
     require("cpu")
-    if instruction_set not in import_module("fused_losses._cpu").instruction_sets():
+    if instruction_set not in instruction_sets():
         pytest.skip(f"{instruction_set} does not run here")
-    with cpu_with(instruction_set, threads):
+    with using(instruction_set), threads_of(threads):
         for dtype in DTYPES:
             check("plain", "cpu", torch.device("cpu"), "in place", vocab, dtype, 40)
             check("smoothing", "cpu", torch.device("cpu"), "none", vocab, dtype, 40)
@@ -170,7 +166,7 @@ def test_any_row_on_cpu(vocab, threads, instruction_set):
 def test_a_long_row_alone_has_all_threads_to_itself(name, ask):
     """torch shares a sum that is the only one out among its threads, which orders it otherwise."""
     require("cpu")
-    with cpu_with(import_module("fused_losses._cpu").instruction_sets()[0], 2):
+    with threads_of(2):
         check(ask, name, torch.device("cpu"), "one pass", 80_000, torch.float32, 9)
 
 
@@ -179,7 +175,7 @@ def test_threads_share_rows_without_a_trace():
     require("cpu")
     numbers = []
     for threads in (1, 2):
-        with cpu_with(import_module("fused_losses._cpu").instruction_sets()[0], threads):
+        with threads_of(threads):
             batch = Batch(64, 4001, torch.float32, torch.device("cpu"), "terms")
             numbers.append(run("terms", batch.of(range(64)), "cpu", "none"))
     assert_same(numbers[0], numbers[1], range(64), "1 thread and 2")

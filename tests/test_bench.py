@@ -80,8 +80,13 @@ def test_peak_memory_and_errors_of_the_smoke_run(records: list[dict]) -> None:
 
 
 def test_interface_overhead_is_measured(records: list[dict]) -> None:
-    public = [r for r in records if r["group"] == "overhead" and r["contender"] == "fused" and r["mode"] == "public"]
-    assert public and all(r["overhead_us"] > 0 for r in public)
+    """What the public call takes beyond its kernels; of the eager ones, on a busy machine, that may be noise."""
+    fused = [r for r in records if r["group"] == "overhead" and r["contender"] == "fused"]
+    times = {(r["backend"], r["mode"]): r["median_ms"] for r in fused}
+    public = [r for r in fused if r["mode"] == "public"]
+    assert public
+    for r in public:
+        assert r["overhead_us"] == pytest.approx(1e3 * (r["median_ms"] - times[r["backend"], "kernels"]))
 
 
 def test_report_fills_the_readme_and_check_guards_it(

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cases import MODES
-from conftest import require
+from conftest import instruction_sets, require, using
 from torch import Tensor
 
 import fused_losses
@@ -298,15 +297,10 @@ def test_rounded_once(backend, device, mode, dtype):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_instruction_set(name):
     require("cpu")
-    cpu = import_module("fused_losses._cpu")
-    usable = cpu.instruction_sets()
-    try:
-        for instruction_set in usable:
-            cpu.use_instruction_set(instruction_set)
+    for instruction_set in instruction_sets():
+        with using(instruction_set):
             for mode in ("one pass", "none"):
                 check(name, "cpu", torch.device("cpu"), mode, 200)
-    finally:
-        cpu.use_instruction_set(usable[0])
 
 
 @pytest.mark.parametrize("gap", [0.0, 3.0, 12.0, 40.0])

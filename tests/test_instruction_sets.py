@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set that runs here: the machine's best is what all other tests see."""
+"""The CPU kernels of every instruction set that runs here, on what the other suites run with the machine's best."""
 
 import math
 from importlib import import_module
@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases import DTYPES, MODES, assert_rounded_once, check, make
-from conftest import require
+from conftest import instruction_sets, require, using
 
 import fused_losses
 
@@ -18,13 +18,18 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=["avx512", "avx2", "baseline"], autouse=True)
 def instruction_set(request):
     require("cpu")
-    cpu = import_module("fused_losses._cpu")
-    usable = cpu.instruction_sets()
-    if request.param not in usable:
+    if request.param not in instruction_sets():
         pytest.skip(f"{request.param} does not run here")
-    cpu.use_instruction_set(request.param)
-    yield
-    cpu.use_instruction_set(usable[0])
+    with using(request.param):
+        yield request.param
+
+
+def test_in_use(instruction_set):
+    cpu = import_module("fused_losses._cpu")
+    assert cpu.instruction_set_in_use() == instruction_set
+    with pytest.raises(ValueError, match="sse9"):
+        cpu.use_instruction_set("sse9")
+    assert cpu.instruction_set_in_use() == instruction_set
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)

@@ -28,6 +28,16 @@ def given_targets(target, num_targets, ignore_index, ROW: tl.constexpr):
 
 
 @triton.jit
+def any_given(token, row, inside, num_targets, ignore_index):
+    """Of a block of tokens: whether any of a token's targets is not ignored."""
+    given = row < 0
+    for k in range(0, num_targets):
+        target = tl.load(token.targets + row * num_targets + k, mask=inside, other=0).to(tl.int64)
+        given = given | (target != ignore_index)
+    return given
+
+
+@triton.jit
 def row_shares(token, row, num_targets, ROW: tl.constexpr):
     """0 where a target does not count."""
     if token.shares is None:

@@ -17,6 +17,7 @@ from .rows import (
 )
 from .softcap import squash, units
 from .softmax import distance_of, softmax_of, softmax_of_several, target_seen, target_seen_of_several
+from .targets import any_given
 from .terms import terms_loss
 from .terms_row import row_seen
 
@@ -40,10 +41,7 @@ def objective(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n
     weight = at(token.weights, vary, WEIGHTS, row, inside)
-    given = row < 0
-    for k in range(0, num_targets):
-        target = tl.load(token.targets + row * num_targets + k, mask=inside, other=0).to(tl.int64)
-        given = given | (target != ignore_index)
+    given = any_given(token, row, inside, num_targets, ignore_index)
     active = given & (weight != 0)
     read = active
     if ROW.all_logprobs:
@@ -113,10 +111,7 @@ def normaliser(
     for start in range(0, n, BLOCK):
         row = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = row < n
-        given = row < 0
-        for k in range(0, num_targets):
-            target = tl.load(token.targets + row * num_targets + k, mask=inside, other=0).to(tl.int64)
-            given = given | (target != ignore_index)
+        given = any_given(token, row, inside, num_targets, ignore_index)
         weight = at(token.weights, vary, WEIGHTS, row, inside)
         total += tl.where(inside & given, weight, 0.0).to(tl.float64)
     tl.store(normaliser, tl.sum(total, 0).to(tl.float32))

@@ -89,7 +89,7 @@ class Eager:
         if problem.plain:
             logprobs = logp[0]
             losses, g = objective.formula(logprobs, *inputs)
-            derivatives = g[None]
+            derivatives = constant(g, like).expand_as(like)[None]
         else:
             zero = torch.zeros_like(like)
             entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero

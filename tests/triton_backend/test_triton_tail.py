@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, one_shot, problem, two_phase
+from triton_cases import DEVICE, assert_only_inside, guarded, one_shot, problem, two_phase
 
 from fused_losses.backends import triton as backend
 from fused_losses.backends.triton import BACKEND
@@ -19,13 +19,12 @@ SMALLEST = torch.finfo(torch.float32).tiny
 def both_ways(logits: Tensor, given: object) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(losses of the stages, logprobs, gradient) in one pass and in two phases."""
     logits = logits.to(DEVICE)
-    gradients = torch.empty_like(logits), torch.empty_like(logits)
-    loss, logprobs = BACKEND.loss_and_grad(logits, given, gradients[0])
-    losses, again, _ = two_phase(logits, given, gradients[1])
-    return [
-        (found[0].cpu().double(), found[1].cpu().double(), found[2].cpu().double())
-        for found in ((loss, logprobs, gradients[0]), (losses, again, gradients[1]))
-    ]
+    gradient, buffer = guarded(torch.zeros_like(logits))
+    found = [(*BACKEND.loss_and_grad(logits, given, gradient), gradient.clone())]
+    losses, logprobs, _ = two_phase(logits, given, gradient)
+    found.append((losses, logprobs, gradient.clone()))
+    assert_only_inside(gradient, buffer)
+    return [(a.cpu().double(), b.cpu().double(), c.cpu().double()) for a, b, c in found]
 
 
 def check_tail(

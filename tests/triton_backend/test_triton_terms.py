@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, IGNORE, TERMS, check_terms, one_shot, problem, terms_case
+from triton_cases import DEVICE, IGNORE, TERMS, assert_only_inside, check_terms, guarded, one_shot, problem, terms_case
 
 from fused_losses.backends import Backend
 from fused_losses.backends.eager import BACKEND as EAGER
@@ -99,6 +99,9 @@ def test_stats_as_eager(softcap: float | None, num_targets: int) -> None:
 
     got, expected = run(BACKEND, DEVICE), run(EAGER, CPU)
     bad = expected[1].isnan()
+    if num_targets == 1:  # eager takes others of -inf for no mass under a softcap, too; the tail's tests look at both
+        other = torch.tensor([0, 1, 3, 4, 5] if softcap else [0, 1, 3, 4, 5, 6])
+        got, expected, bad = got[:, other], expected[:, other], bad[other]
     torch.testing.assert_close(got[:, ~bad], expected[:, ~bad], rtol=1e-5, atol=1e-5, equal_nan=True)
     assert got[1, bad].isnan().all()
 
@@ -127,16 +130,17 @@ def test_stages_as_eager() -> None:
             ignore_index=ignore_index,
             device=device,
         )
-        gradient = torch.empty_like(x)
+        gradient, buffer = guarded(torch.zeros_like(x))
         loss, logprobs = module.loss_and_grad(x, given, gradient)
         stats = module.stats(x, given)
         reduced, again, coefficients = module.objective(stats, given, True)
-        found = [loss, logprobs, gradient, stats.table, reduced, again, coefficients.table]
+        found = [loss, logprobs, gradient.clone(), stats.table, reduced, again, coefficients.table]
         for i in range(4):
             table = torch.zeros(4, n, device=device)
             table[i] = torch.linspace(0, 1, n)
-            found.append(torch.empty_like(x))
-            module.grad(x, given.targets, given.transform, stats, Coefficients(table), 2.0, found[-1])
+            module.grad(x, given.targets, given.transform, stats, Coefficients(table), 2.0, gradient)
+            found.append(gradient.clone())
+        assert_only_inside(gradient, buffer)
         return found
 
     for got, expected in zip(run(BACKEND, DEVICE), run(EAGER, CPU), strict=True):
@@ -159,8 +163,8 @@ def test_tanh() -> None:
     """Through stats: V = 1 has its squashed logit nowhere, V = 2 as the difference of two."""
     x = torch.cat((torch.linspace(-12, 12, 997), torch.logspace(-6, 0, 300)))
     logits = torch.stack((x, torch.zeros_like(x)), 1).to(DEVICE)
-    given = problem(torch.zeros(len(x), dtype=torch.int64), 2, "logprobs", softcap=1.0)
+    given = problem((x > 0).long(), 2, "logprobs", softcap=1.0)  # the smaller of the two
     _, logprobs, _ = BACKEND.objective(BACKEND.stats(logits, given), given, False)
     torch.testing.assert_close(
-        logprobs[0].cpu().double(), torch.nn.functional.logsigmoid(torch.tanh(x.double())), rtol=3e-7, atol=0
+        logprobs[0].cpu().double(), torch.nn.functional.logsigmoid(-torch.tanh(x.double()).abs()), rtol=3e-7, atol=0
     )

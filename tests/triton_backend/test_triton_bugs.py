@@ -1,0 +1,248 @@
+"""Seeded bugs: each is one substitution in a copy of the kernels, and the checks below must notice every one."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import test_triton_tail as tail  # modules: what is imported by name is collected here, too
+import test_triton_terms as terms
+import test_triton_tokens as tokens
+import torch
+from triton_cases import (
+    DEVICE,
+    Case,
+    assert_gradient,
+    check_one_pass,
+    check_terms,
+    check_two_phase,
+    one_shot,
+    terms_case,
+)
+
+from fused_losses.backends import triton as backend
+from fused_losses.backends.triton import BACKEND
+from fused_losses.problem import Terms
+
+MUTANTS = [
+    ("rows.py", "(VECTOR - offset % VECTOR) % VECTOR", "offset % VECTOR"),
+    ("rows.py", "(vocab - head) // VECTOR", "vocab // VECTOR"),
+    (
+        "rows.py",
+        "columns < tl.where(i < VECTOR, head, vocab)",
+        "columns < tl.where(i < VECTOR, head, vocab + 1)",
+    ),
+    ("rows.py", "(row % inner) * inner_stride", "row * inner_stride"),
+    ("rows.py", "tl.where(temperature > 0, tl.div_rn", "tl.where(temperature != 0, tl.div_rn"),
+    ("rows.py", "(target >= 0) & (target < vocab)", "(target >= 0) & (target <= vocab)"),
+    ("rows.py", "-3.4028234663852886e38", 'float("-inf")'),
+    ("rows.py", "inside = columns < length - start", "inside = columns <= length - start"),
+    ("rows.py", "(vary.to(tl.int64) >> place) & 1", "vary.to(tl.int64) & 1"),
+    ("rows.py", "first = INPUTS + len(token.inputs)", "first = INPUTS + len(token.inputs) - 1"),
+    # The exact tail: the hole, what is left out of it, and what is made of the rest.
+    ("rows.py", "(place >= 0) & (place < body)", "(place > 0) & (place < body)"),
+    ("rows.py", "place // VECTOR * VECTOR, body", "place // VECTOR * VECTOR + VECTOR, body"),
+    ("rows.py", "!= (hole - start) // VECTOR", "!= hole // VECTOR"),
+    ("rows.py", "!= (hole - start) // VECTOR", "> -1"),
+    ("rows.py", "return place, place < body", "return place, place <= body"),
+    ("rows.py", "columns < vocab, in_hole)", "columns < vocab, i < 0)"),
+    ("rows.py", "(i < 3 * VECTOR) & (place < body)", "i < 3 * VECTOR"),
+    ("rows.py", "i - VECTOR + head + body, head + place)", "i - VECTOR + head + body, place)"),
+    ("sums.py", "start += tl.where(i >= with_hole, TILE, 0)", "start += 0"),
+    ("sums.py", "tl.where(i >= with_hole, TILE, 0)", "tl.where(i > with_hole, TILE, 0)"),
+    ("sums.py", "tl.where(first, with_hole, full) * TILE", "full * TILE"),
+    ("sums.py", "unmasked = full - waits.to(tl.int32)", "unmasked = full"),
+    ("sums.py", "count -= (with_hole & (hole < full * PLAN.depth * LANES)).to(tl.int32)", "count -= 0"),
+    ("sums.py", "count = body - tl.where(hole < body, VECTOR, 0)", "count = body"),
+    ("sums.py", "alone = sums.sum == 0", "alone = sums.sum < 0"),
+    ("sums.py", "tl.where(alone, target_logit, sums.peak)", "sums.peak"),
+    ("sums.py", "drift += (target_y - maximum) * scale", "drift += 0.0"),
+    ("sums.py", "drift += (target_y - maximum) * scale", "drift += (target_y - sums.maximum) * scale"),
+    ("stats.py", "counts = counts & (columns != target)", "counts = counts & (columns != target + 1)"),
+    ("loss_and_grad.py", "exists & (side != target)", "exists & (side == side)"),
+    ("loss_and_grad.py", "softmax.half * (softmax.half * dense.a)", "dense.a"),
+    ("loss_and_grad.py", "tl.where(side == target, own, value)", "value"),
+    ("loss_and_grad.py", "tl.maximum(sums.maximum, target_y) if ROW.single", "sums.maximum if ROW.single"),
+    ("grad.py", "tl.maximum(maximum, target_y) if ROW.single", "maximum if ROW.single"),
+    ("tokens.py", "top = tl.maximum(maximum, target_y)", "top = maximum"),
+    ("softmax.py", "lead = tl.maximum(distance, 0.0)", "lead = tl.maximum(distance, 0.0) * 0.0"),
+    ("softmax.py", "behind = distance - lead", "behind = distance"),
+    ("softmax.py", "half * (half * sum)", "half * sum"),
+    ("softmax.py", "half * (half * sum)", "(half * half) * sum"),
+    ("softmax.py", "half * (half * moment - (half * lead) * sum)", "half * (half * moment)"),
+    ("softmax.py", "- (half * lead) * sum)", "- half * (lead * sum))"),
+    ("softmax.py", "+ times(own, behind)", "+ 0.0"),
+    ("softmax.py", "tl.where(own == 1, log1p(rest), tl.log(total))", "tl.log(total)"),
+    ("softmax.py", "tl.where(own == 1, log1p(rest), tl.log(total))", "log1p(rest)"),
+    ("softmax.py", "tl.log(u) * (x / exact)", "tl.log(u)"),
+    ("softmax.py", "tl.where(distance > -FLOOR, -FLOOR, distance)", "distance"),
+    ("softmax.py", 'tl.where(target_y < float("inf"), distance, float("nan"))', "distance"),
+    ("softmax.py", "softmax.rest / total,", "1.0 - softmax.own / total,"),
+    ("softmax.py", "(share - whole) + whole * target.others", "share - whole * target.p"),
+    ("terms_row.py", "softmax.lead + softmax.log_total - drift", "softmax.log_total - drift"),
+    # Sums.
+    ("sums.py", "return sum * shrink, moment", "return sum, moment"),
+    ("sums.py", "(moment + tl.maximum(delta, LOWEST) * sum) * shrink", "moment * shrink"),
+    ("sums.py", "tl.maximum(delta, LOWEST)", "delta"),
+    ("sums.py", "drift += tl.maximum(delta, FLOOR) * count", "drift += 0.0 * delta"),
+    ("sums.py", "tl.maximum(delta, FLOOR) * count", "delta * count"),
+    ("sums.py", "e * tl.maximum(t, LOWEST)", "e * t"),
+    ("sums.py", "tl.sum(tl.where(inside, t, 0.0), 0)", "tl.sum(t, 0)"),
+    ("sums.py", "+ tl.sum(rest.to(tl.int32), 0)", "+ 0"),
+    ("sums.py", "(full * TILE < length).to(tl.int32)", "(full * TILE > length).to(tl.int32)"),
+    ("sums.py", 'other=float("-inf")', "other=0.0"),
+    ("sums.py", "(maximum - top) * scale", "(maximum - maximum) * scale"),
+    ("sums.py", "tl.maximum(maximum, tl.max(side_y, 0))", "maximum + 0.0"),
+    ("sums.py", "        sum += more\n        moment += more_moment", "        moment += more_moment"),
+    ("stats.py", "maximum = sums.peak if ROW.capped", "maximum = sums.maximum if ROW.capped"),
+    ("stats.py", "moment = sums.moment * LN2", "moment = sums.moment"),
+    ("stats.py", "drift = sums.drift * LN2", "drift = sums.drift"),
+    ("stats.py", "read = read & (at(token.weights", "read = read | (at(token.weights"),
+    ("softcap.py", "tl.where(u < 0, -far, far)", "far"),
+    ("softcap.py", "2.100363933e-2", "2.1e-1"),
+    ("softcap.py", "return inverse_t * softcap,", "return inverse_t,"),
+    ("softcap.py", 'return tl.where(inside, y, float("-inf"))', "return y"),
+    # The gradient.
+    ("softmax.py", "whole * target.others)", "whole * (1.0 - target.p.to(tl.bfloat16).to(tl.float32)))"),
+    ("softmax.py", "by.zeta - by.g * whole + mean", "by.zeta - by.g + mean"),
+    ("softmax.py", "by.g * whole + mean)", "by.g * whole)"),
+    ("softmax.py", "inverse_t * by.s)", "by.s)"),
+    ("softmax.py", "dense.a + dense.b * tl.maximum(t, LOWEST)", "dense.a + dense.b * t"),
+    ("softmax.py", "tl.maximum(target.distance, LOWEST) - mean", "target.distance - mean"),
+    ("softmax.py", "tl.abs(by.zeta) + tl.abs(by.s)", "0.0"),
+    ("softmax.py", "return tl.where(a == 0, 0.0, tl.where(b == 0, 0.0, a * b))", "return a * b"),
+    ("softmax.py", "value *= 1.0 - y * y", "value *= 1.0"),
+    ("grad.py", "inverse_t * (1.0 - target_y * target_y) if", "(1.0 - target_y * target_y) if"),
+    ("grad.py", "is_any(outside, ROW)", "is_any(outside & (counts == 0), ROW)"),
+    (
+        "grad.py",
+        'squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)',
+        'load_tile(logits + offset + side, exists, "evict_first")',
+    ),
+    ("grad.py", "(target >= head + start)", "(target > head + start)"),
+    ("grad.py", "owner = tl.where(in_body, owner, start == 0)", "owner = owner & in_body"),
+    ("grad.py", "stored = stored & counts", "stored = stored | counts"),
+    ("grad.py", "tl.where(x == 0, x, x * factor)", "x * factor"),
+    ("loss_and_grad.py", "inside = columns < length - full", "inside = columns <= length - full"),
+    ("loss_and_grad.py", "active = read & (weight != 0)", "active = read"),
+    (
+        "loss_and_grad.py",
+        "body_pointer(grad, grad_offset, head, PLAN.aligned)",
+        "body_pointer(grad, offset, head, PLAN.aligned)",
+    ),
+    ("loss_and_grad.py", "if coefficients == 0:", "if not read:"),
+    ("loss_and_grad.py", "inverse_t * (1.0 - target_y * target_y) if", "(1.0 - target_y * target_y) if"),
+    ("loss_and_grad.py", "top * unit,", "top * inverse_t,"),
+    ("loss_and_grad.py", "mask=inside & (share != 0)", "mask=inside"),
+    # Terms.
+    ("terms.py", 'tl.where(difference == float("-inf"), 0.0, difference)', "difference"),
+    ("terms.py", "tl.where(flows, both, slope)", "both"),
+    ("terms.py", "h, zeta = nan_unless(valid, h, zeta)", "h, zeta = h, zeta"),
+    ("terms.py", "g = (1.0 - terms.label_smoothing) * g", "g = g"),
+    ("terms.py", "s = -smoothing / vocab", "s = -smoothing"),
+    ("terms_row.py", "logp = tl.where(given, target.logp, 0.0)", "logp = target.logp"),
+    ("terms_row.py", "tl.where(share != 0, share * logp, 0.0)", "share * logp"),
+    ("terms_row.py", "softmax.log_total - softmax.moment / softmax.total", "softmax.log_total + softmax.moment"),
+    ("terms_row.py", "- drift / vocab", "- drift"),
+    ("terms_row.py", "sums.drift * LN2", "sums.drift"),
+    ("terms_row.py", "sums.moment * LN2", "sums.moment"),
+    ("targets.py", "given = target != ignore_index", "given = target >= 0"),
+    ("targets.py", "range(0, num_targets, CHUNK)", "range(0, CHUNK, CHUNK)"),
+    ("targets.py", "given = given | (target", "given = (target"),
+    # Objectives, and stage 2.
+    ("objectives.py", "(advantages == 0) & (old_logprobs == old_logprobs)", "advantages == 0"),
+    ("objectives.py", "tl.where(flows & (clipped == 0), value, 0.0)", "tl.where(flows, value, 0.0)"),
+    ("objectives.py", "tl.where(flows & (clipped == 0), value, 0.0)", "tl.where(clipped == 0, value, 0.0)"),
+    ("objectives.py", "tl.minimum(low, ceiling)", "low"),
+    ("objectives.py", "(below | above) & (advantages == advantages)", "below | above"),
+    ("objectives.py", "active & (derivative != 0)", "active"),
+    ("plain_row.py", "nan_unless(logp == logp, loss, g)", "nan_unless(weight == weight, loss, g)"),
+    ("plain_row.py", "tl.where(active, weight * loss, 0.0), scaled", "weight * loss, scaled"),
+    ("tokens.py", "inside & given", "given"),
+    ("tokens.py", "tl.where(empty, 0.0, total / tl.where(empty, 1.0, divisor))", "total / divisor"),
+    ("tokens.py", "active = given & (weight != 0)", "active = given"),
+    ("tokens.py", "logp = tl.where(read, target_seen(softmax).logp, 0.0)", "logp = target_seen(softmax).logp"),
+    ("tokens.py", "read & (target != ignore_index)", "read"),
+    ("tokens.py", "x += tl.where(share != 0, share * logp, 0.0)", "x += share * logp"),
+    ("tokens.py", "x = tl.where(whole != 0, whole * logp, 0.0)", "x = logp"),
+    ("tokens.py", "top * unit", "top * inverse_t"),
+    ("tokens.py", "tl.where(read, seen.entropy, 0.0)", "seen.entropy"),
+]
+
+
+def use_mutant(directory: Path, file: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point the backend at a copy of the kernels with one substitution in it."""
+    package = f"mutant_{abs(hash((file, old, new)))}"
+    source = Path(importlib.import_module("fused_losses.triton_kernels.rows").__file__).parent
+    (directory / package).mkdir()
+    for path in source.glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
+            text = text.replace(old, new)
+        (directory / package / path.name).write_text(text)
+    monkeypatch.syspath_prepend(directory)
+    kernels = backend._kernels(package)
+    monkeypatch.setattr(backend, "_kernels", lambda: kernels)
+
+
+def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short pass over what the other tests look at in breadth. First what watches the memory around the gradient: a
+    bug that writes there may end the process if nobody stops it. Then the quick ones."""
+    one_shot(monkeypatch, True)
+    check_one_pass(Case("ppo", 51, torch.float32), False)
+    check_one_pass(Case("cross_entropy", 24, torch.float32))
+    one_shot(monkeypatch, False)
+    check_one_pass(Case("ppo", 51, torch.float32), False, padding=3)
+    tokens.test_objectives_at_hazards("importance_sampling", False)
+    tokens.test_objectives_at_hazards("ppo", True)
+    tokens.test_terms_at_hazards("k3", True)
+    tokens.test_several_inputs()
+    tokens.test_clipped_token_survives_an_infinite_scale()
+    for asked in (Terms(), Terms(entropy=True, entropy_coef=1.0)):
+        tokens.test_unread_token_has_logprob_zero(False, asked)
+    tokens.test_mean_over_several_targets()
+    tokens.test_reduction(3)
+    tokens.test_reduction(1)
+    gradient = torch.tensor([[0.0, 2.0]], device=DEVICE)
+    BACKEND.scale(gradient, torch.tensor([torch.inf], device=DEVICE))
+    assert gradient.tolist() == [[0.0, torch.inf]]
+    terms.test_stages_as_eager()
+    terms.test_stats_as_eager(None, 3)
+    terms.test_stats_as_eager(2.0, 1)
+
+    one_shot(monkeypatch, True)
+    tail.check_tail(5)
+    check_terms(terms_case("all of a policy", "ppo", 51, torch.float32), padding=3)
+    check_terms(terms_case("smoothed", "cross_entropy", 37, torch.float32, 20))
+    one_shot(monkeypatch, False)
+    check_two_phase(Case("ppo", 101, torch.float32))
+    tail.check_tail(131)
+    tail.check_tail(72, terms=Terms(entropy=True))
+    check_terms(terms_case("capped smoothed", "cross_entropy", 131, torch.float32))
+    check_terms(terms_case("smoothed", "cross_entropy", 1, torch.float32))
+    check_terms(terms_case("capped entropy", "cross_entropy", 40, torch.float32, 5))
+    tail.test_what_a_target_may_hold(40, False, None, monkeypatch)
+    tail.test_what_a_target_may_hold(1, False, 3.0, monkeypatch)
+
+    case = Case("cross_entropy", 19, torch.float32)  # two levels of strides, with room for whoever gets them wrong
+    room = torch.full((2, 4096), 7.0, device=DEVICE)
+    logits, gradient = room[0].as_strided((3, 4, 19), (95, 19, 1), 0), room[1, :228].view(3, 4, 19)
+    logits.copy_(case.logits.view(3, 4, 19))
+    BACKEND.loss_and_grad(logits, case.problem(), gradient)
+    assert_gradient(gradient.view(12, 19), case.expected()[2], torch.float32)
+
+
+def test_the_checks_pass_on_the_kernels_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_mutant(tmp_path, "rows.py", "import triton\n", "import triton\n", monkeypatch)
+    check_everything(monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("file", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
+def test_seeded_bug_is_caught(file: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_mutant(tmp_path, file, old, new, monkeypatch)
+    with pytest.raises(Exception) as caught:  # wrong numbers, or no result at all
+        check_everything(monkeypatch)
+    assert not isinstance(caught.value, ImportError | SyntaxError)
