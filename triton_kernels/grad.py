@@ -17,7 +17,6 @@ from .rows import (
     LOG2E,
     TEMPERATURE,
     UPSTREAM,
-    VECTOR,
     at,
     body_pointer,
     cut,
@@ -68,8 +67,8 @@ def grad(
         offset = row_offset(row, inner, outer_stride, inner_stride)
         grad_offset = row_offset(row, inner, grad_outer_stride, grad_inner_stride)
         head, body = cut(offset, vocab, PLAN)
-        source = body_pointer(logits, offset, head, True) + start
-        destination = body_pointer(grad, grad_offset, head, PLAN.aligned) + start
+        source = body_pointer(logits, offset, head, True, PLAN) + start
+        destination = body_pointer(grad, grad_offset, head, PLAN.aligned, PLAN) + start
         columns = tl.arange(0, TILE)
         inside = columns < body - start
 
@@ -85,8 +84,8 @@ def grad(
             tl.store(destination + columns, tl.zeros([TILE], tl.float32), mask=inside)
             if PLAN.ragged:  # noqa: SIM102  (decided when compiling, the other when running)
                 if start == 0:
-                    side, exists = ragged_columns(head, body, vocab)
-                    tl.store(grad + grad_offset + side, tl.zeros([2 * VECTOR], tl.float32), mask=exists)
+                    side, exists = ragged_columns(head, body, vocab, PLAN)
+                    tl.store(grad + grad_offset + side, 0.0, mask=exists)
         else:
             inverse_t = inverse_temperature(at(token.temperature, vary, TEMPERATURE, row))
             unit, inverse_cap = units(inverse_t, token.softcap, ROW)
@@ -111,7 +110,7 @@ def grad(
             owner = (target >= head + start) & (target < head + start + TILE)
             if PLAN.ragged:
                 if start == 0:
-                    side, exists = ragged_columns(head, body, vocab)
+                    side, exists = ragged_columns(head, body, vocab, PLAN)
                     side_y = squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)
                     tl.store(grad + grad_offset + side, dense_gradient(side_y, top, scale, dense, ROW), mask=exists)
                 in_body = (target >= head) & (target < head + body)
@@ -150,10 +149,10 @@ def scale(
         for row in range(tl.program_id(0).to(tl.int64), n, tl.num_programs(0)):
             offset = row_offset(row, inner, outer_stride, inner_stride)
             head, body = cut(offset, vocab, PLAN)
-            pointers = body_pointer(grad, offset, head, True) + start + tl.arange(0, TILE)
+            pointers = body_pointer(grad, offset, head, True, PLAN) + start + tl.arange(0, TILE)
             inside = tl.arange(0, TILE) < body - start
             scale_tile(pointers, inside, factor)
             if PLAN.ragged:  # noqa: SIM102
                 if start == 0:
-                    columns, exists = ragged_columns(head, body, vocab)
+                    columns, exists = ragged_columns(head, body, vocab, PLAN)
                     scale_tile(grad + offset + columns, exists, factor)

@@ -13,7 +13,6 @@ from .plain_row import evaluate_plain
 from .rows import (
     LOG2E,
     TEMPERATURE,
-    VECTOR,
     WEIGHTS,
     at,
     body_pointer,
@@ -104,8 +103,8 @@ def loss_and_grad(
         offset = row_offset(row, inner, outer_stride, inner_stride)
         grad_offset = row_offset(row, inner, grad_outer_stride, grad_inner_stride)
         head, body = cut(offset, vocab, PLAN)
-        source = body_pointer(logits, offset, head, True)
-        destination = body_pointer(grad, grad_offset, head, PLAN.aligned)
+        source = body_pointer(logits, offset, head, True, PLAN)
+        destination = body_pointer(grad, grad_offset, head, PLAN.aligned, PLAN)
 
         loss = 0.0
         coefficients = 0.0
@@ -124,7 +123,7 @@ def loss_and_grad(
             if not ROW.plain:
                 terms = term_values(token, vary, row)
                 share = row_shares(token, row, num_targets, ROW)
-            hole = hole_of(target, head, body, ROW)
+            hole = hole_of(target, head, body, ROW, PLAN)
             if SIDE:
                 side, exists = side_columns(head, body, hole, vocab, ROW, PLAN)
                 counts = exists & (side != target) if ROW.single else exists
@@ -132,14 +131,14 @@ def loss_and_grad(
 
             if PLAN.one_shot:
                 columns = tl.arange(0, TILE)
-                swept = tile_mask(columns, 0, body, hole, ROW)
+                swept = tile_mask(columns, 0, body, hole, ROW, PLAN)
                 y = squash_tile(load_tile(source + columns, swept, "evict_first"), swept, inverse_cap, ROW)
                 side_y = squash_tile(x, counts, inverse_cap, ROW) if SIDE else y
                 sums, e = at_once(y, swept, side_y, counts if SIDE else swept, scale, ROW, SIDE)
             else:
                 sums = sweep(source, body, hole, scale, inverse_cap, "evict_last", ROW, PLAN)
                 if SIDE:
-                    sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW)
+                    sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW, PLAN)
             sums = with_target(sums, target_logit, target_y, scale, ROW)
 
             distance = distance_of(target_y, sums.maximum, unit)
@@ -192,8 +191,8 @@ def loss_and_grad(
         if coefficients == 0:
             write_zeros(destination, body, TILE)
             if PLAN.ragged:
-                columns, exists = ragged_columns(head, body, vocab)
-                tl.store(grad + grad_offset + columns, tl.zeros([2 * VECTOR], tl.float32), mask=exists)
+                columns, exists = ragged_columns(head, body, vocab, PLAN)
+                tl.store(grad + grad_offset + columns, 0.0, mask=exists)
         store_per_target(logprobs, row, n, logp, num_targets, ROW)
         if not ROW.plain:
             tl.store(logprobs + num_targets * n + row, entropy)

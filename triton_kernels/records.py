@@ -60,6 +60,7 @@ class RowKind:
 class Plan:
     """How a row is walked."""
 
+    vector: int  # elements in 16 bytes
     ragged: bool  # rows are not whole vectors on 16-byte boundaries
     aligned: bool = True  # the gradient's rows lie on these boundaries where the logits' rows do
     depth: int = 1  # of a tile

@@ -1,9 +1,9 @@
 """Where a row of logits lies, and what a token holds: the addressing that every kernel shares.
 
-The vocabulary axis of a row is cut into a body that starts on a 16-byte boundary and has a multiple of VECTOR elements,
-and at most 2 * (VECTOR - 1) ragged elements around it. Triton then knows that body addresses and masks come in whole
-vectors and emits 128-bit accesses for any vocabulary: 50257 as well as 50304. With one mask over the whole row,
-`column < vocab`, an odd V or an odd row stride makes every access scalar.
+The vocabulary axis of a row is cut into a body of whole vectors, PLAN.vector elements each, that starts on a 16-byte
+boundary, and fewer than two vectors of ragged elements around it. Triton then knows that body addresses and masks come
+in whole vectors and emits 128-bit accesses for any vocabulary: 50257 as well as 50304. With one mask over the whole
+row, `column < vocab`, an odd V or an odd row stride makes every access scalar.
 """
 
 import inspect
@@ -14,7 +14,6 @@ from triton.language import core
 
 from .records import TermColumns
 
-VECTOR = tl.constexpr(8)  # elements: 16 bytes of bfloat16; the tiles are multiples of it
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX: a finite floor for maxima, as -inf - -inf is NaN
 LOWEST = tl.constexpr(-1000.0)  # of log2 e_j where it meets e_j, which is 0 there: 0 * -inf is NaN
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -45,8 +44,8 @@ def row_offset(row, inner, outer_stride, inner_stride):
 @triton.jit
 def cut(offset, vocab, PLAN: tl.constexpr):
     """(head, body): `head` ragged elements, then `body` elements in whole vectors, then the rest."""
+    VECTOR: tl.constexpr = PLAN.vector
     if PLAN.ragged:
-        # not VECTOR - offset % VECTOR: in the interpreter of Triton 3.7 what begins with a constexpr stays one
         boundary = (offset + (VECTOR - 1)) // VECTOR * VECTOR
         head = tl.minimum(boundary - offset, vocab).to(tl.int32)
         body = (vocab - head) // VECTOR * VECTOR
@@ -57,8 +56,9 @@ def cut(offset, vocab, PLAN: tl.constexpr):
 
 
 @triton.jit
-def body_pointer(data, offset, head, ALIGNED: tl.constexpr):
-    """ALIGNED: offset + head is a multiple of VECTOR. True of logits, and of a gradient laid out like them."""
+def body_pointer(data, offset, head, ALIGNED: tl.constexpr, PLAN: tl.constexpr):
+    """ALIGNED: offset + head is a multiple of a vector. True of logits, and of a gradient laid out like them."""
+    VECTOR: tl.constexpr = PLAN.vector
     start = offset + head
     if ALIGNED:
         start = start // VECTOR * VECTOR  # says so to the compiler; tl.multiple_of gets lost when offset + 0 is folded
@@ -66,8 +66,9 @@ def body_pointer(data, offset, head, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def hole_of(target, head, body, ROW: tl.constexpr):
+def hole_of(target, head, body, ROW: tl.constexpr, PLAN: tl.constexpr):
     """Where in the body the vector begins that holds the single target; `body` where none does."""
+    VECTOR: tl.constexpr = PLAN.vector
     if ROW.single:
         place = target - head
         return tl.where((place >= 0) & (place < body), place // VECTOR * VECTOR, body).to(tl.int32)
@@ -76,8 +77,9 @@ def hole_of(target, head, body, ROW: tl.constexpr):
 
 
 @triton.jit
-def ragged_columns(head, body, vocab):
+def ragged_columns(head, body, vocab, PLAN: tl.constexpr):
     """The columns outside the body, and which of them exist."""
+    VECTOR: tl.constexpr = PLAN.vector
     i = tl.arange(0, 2 * VECTOR)
     columns = tl.where(i < VECTOR, i, i - VECTOR + head + body)
     return columns, columns < tl.where(i < VECTOR, head, vocab)
@@ -87,11 +89,12 @@ def ragged_columns(head, body, vocab):
 def side_columns(head, body, hole, vocab, ROW: tl.constexpr, PLAN: tl.constexpr):
     """The columns that the sweep of a body leaves out, and which of them exist: those outside the body, and the vector
     that holds a single target. Masking this by whole vectors is what keeps 128-bit accesses."""
+    VECTOR: tl.constexpr = PLAN.vector
     if not PLAN.ragged:
         place = hole + tl.arange(0, VECTOR)
         return place, place < body
     elif not ROW.single:
-        return ragged_columns(head, body, vocab)
+        return ragged_columns(head, body, vocab, PLAN)
     else:
         i = tl.arange(0, 4 * VECTOR)
         place = hole + i - 2 * VECTOR
@@ -110,8 +113,9 @@ def tile_columns(PLAN: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(columns, start, length, hole, ROW: tl.constexpr):
+def tile_mask(columns, start, length, hole, ROW: tl.constexpr, PLAN: tl.constexpr):
     """Which of a tile's columns, `start` being where it begins, are swept."""
+    VECTOR: tl.constexpr = PLAN.vector
     inside = columns < length - start
     if ROW.single:
         inside = inside & (columns // VECTOR != (hole - start) // VECTOR)

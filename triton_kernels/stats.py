@@ -57,15 +57,15 @@ def stats(
             unit, inverse_cap = units(inverse_t, token.softcap, ROW)
             scale = LOG2E * unit
             head, body = cut(offset, vocab, PLAN)
-            hole = hole_of(target, head, body, ROW)
-            start = body_pointer(logits, offset, head, True)
+            hole = hole_of(target, head, body, ROW, PLAN)
+            start = body_pointer(logits, offset, head, True, PLAN)
             sums = sweep(start, body, hole, scale, inverse_cap, "evict_first", ROW, PLAN)
             if SIDE:
                 columns, counts = side_columns(head, body, hole, vocab, ROW, PLAN)
                 if ROW.single:
                     counts = counts & (columns != target)
                 x = load_tile(logits + offset + columns, counts, "evict_first")
-                sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW)
+                sums = with_side(sums, x, counts, body, hole, scale, inverse_cap, ROW, PLAN)
             sums = with_target(sums, target_logit, squash(target_logit, inverse_cap, ROW), scale, ROW)
             maximum = sums.peak if ROW.capped else sums.maximum
             sum = sums.sum

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import FLOOR, LOWEST, VECTOR, tile_columns, tile_mask
+from .rows import FLOOR, LOWEST, tile_columns, tile_mask
 from .softcap import squash_tile
 
 
@@ -82,6 +82,7 @@ def in_full_tiles(full, hole, ROW: tl.constexpr, PLAN: tl.constexpr):
     """How many elements of each lane the full tiles have, without the hole. Counted anew wherever it is needed: a
     register per lane, kept over a sweep, would spill."""
     LANES: tl.constexpr = PLAN.lanes
+    VECTOR: tl.constexpr = PLAN.vector
     count = tl.zeros([LANES], tl.int32) + full * PLAN.depth
     if ROW.single:
         with_hole = tl.arange(0, LANES) // VECTOR == hole % LANES // VECTOR
@@ -117,7 +118,7 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
     for i in range(0, masked):
         first = waits & (i == 0)
         start = tl.where(first, with_hole, full) * TILE
-        inside = tile_mask(columns, start, length, hole, ROW)
+        inside = tile_mask(columns, start, length, hole, ROW, PLAN)
         count = 0
         if ROW.smoothed:
             count = tl.where(first, unmasked * PLAN.depth, in_full_tiles(full, hole, ROW, PLAN))
@@ -127,7 +128,7 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
         )
     count = 0
     if ROW.smoothed:
-        rest = tile_mask(columns, full * TILE, length, hole, ROW)
+        rest = tile_mask(columns, full * TILE, length, hole, ROW, PLAN)
         count = in_full_tiles(full, hole, ROW, PLAN) + tl.sum(rest.to(tl.int32), 0)
     top = tl.max(maximum, 0)
     sum, moment, drift = rebase(sum, moment, drift, count, (maximum - top) * scale, ROW)
@@ -150,9 +151,9 @@ def at_once(y, inside, side_y, side_inside, scale, ROW: tl.constexpr, SIDE: tl.c
 
 
 @triton.jit
-def with_side(sums, x, inside, body, hole, scale, inverse_cap, ROW: tl.constexpr):
+def with_side(sums, x, inside, body, hole, scale, inverse_cap, ROW: tl.constexpr, PLAN: tl.constexpr):
     """The sums of a body and of the logits x beside it."""
-    count = body - tl.where(hole < body, VECTOR, 0)
+    count = body - tl.where(hole < body, PLAN.vector, 0)
     peak, maximum, sum, moment, drift = accumulate(
         sums.peak, sums.maximum, sums.sum, sums.moment, sums.drift, count, x, inside, scale, inverse_cap, ROW
     )

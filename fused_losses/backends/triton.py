@@ -32,13 +32,14 @@ from ..problem import (
 )
 from .rows import Rows, rows
 
-_VECTOR = 8  # elements; VECTOR in triton_kernels/rows.py
+_VECTOR_BYTES = 16
 _ONE_SHOT = 65536  # bytes of the largest row that one program holds in registers; twice that spills
 _LANES_PER_WARP = 256
 _LOADS = 8  # 128-bit loads that a thread has in flight in a tile
 _TILE = 8192  # elements of a row per step of grad and scale
 _TOKENS = 1024  # per program of objective
 _SUM_BLOCK = 8192
+_SMALLEST_TILE = 16
 _MAX_GRID = 2**30  # programs loop over what exceeds it; axis 0 takes 2^31 - 1
 _L2_SHARE = 0.6  # of L2 for rows in flight between their two sweeps; the rest holds the stores
 
@@ -99,7 +100,7 @@ class Triton:
                     *layout.strides,
                     function,
                     kind,
-                    _plan(layout.ragged, layout.aligned, walk.depth, walk.lanes, walk.one_shot),
+                    _plan(layout.vector, layout.ragged, layout.aligned, walk.depth, walk.lanes, walk.one_shot),
                     **_options(walk.warps, maxnreg=walk.registers),
                 )
             loss = _reduce(row_losses, problem.denominator)
@@ -127,7 +128,7 @@ class Triton:
                 vocab,
                 *layout.strides[:3],
                 _of_stats(kind),
-                _plan(layout.ragged, True, depth, _lanes(warps)),
+                _plan(layout.vector, layout.ragged, True, depth, _lanes(warps)),
                 **_options(warps),
             )
         return Stats(table)
@@ -189,7 +190,7 @@ class Triton:
                 vocab,
                 *layout.strides,
                 _kind_of_grad(targets, transform, coefficients),
-                _plan(layout.ragged, layout.aligned, 1, tile),
+                _plan(layout.vector, layout.ragged, layout.aligned, 1, tile),
                 **_options(warps),
             )
 
@@ -209,7 +210,7 @@ class Triton:
                 n,
                 vocab,
                 *layout.strides[:3],
-                _plan(layout.ragged, True, 1, tile),
+                _plan(layout.vector, layout.ragged, True, 1, tile),
                 **_options(warps),
             )
 
@@ -338,7 +339,7 @@ class _Walk(NamedTuple):
 @lru_cache(maxsize=1024)
 def _walk(vocab: int, itemsize: int, device: torch.device, kind: Any) -> _Walk:
     if vocab * itemsize * _per_element(kind) <= _ONE_SHOT:
-        block = max(2 * _VECTOR, _power_of_2(vocab))
+        block = max(_SMALLEST_TILE, _power_of_2(vocab))
         return _Walk(True, 1, block, min(16, max(1, block // 1024)), _MAX_GRID, None)
     # A row must still lie in L2 for its second sweep, so programs are few: two per processor where that fits, which
     # overlaps the reduction of one with the sweeps of the other, else one with twice the warps. 512 threads in either
@@ -367,12 +368,13 @@ def _depth(itemsize: int, kind: Any) -> int:
 
 def _tiles(vocab: int) -> tuple[int, int, int]:
     """(columns per tile, tiles per row, warps) of the element-wise kernels."""
-    tile = min(_TILE, max(2 * _VECTOR, _power_of_2(vocab)))
+    tile = min(_TILE, max(_SMALLEST_TILE, _power_of_2(vocab)))
     return tile, -(-vocab // tile), max(1, tile // 1024)
 
 
 class _Layout(NamedTuple):
     strides: tuple[int, int, int, int, int]  # inner, then outer and inner stride of logits and of the gradient
+    vector: int  # elements in 16 bytes
     ragged: bool  # rows are not whole vectors on 16-byte boundaries
     aligned: bool  # the gradient's rows lie on these boundaries where the logits' rows do
 
@@ -385,10 +387,11 @@ def _layout(logits: Tensor, gradient: Tensor) -> _Layout:
         grad_outer_stride, grad_inner_stride = of_gradient.outer_stride, of_gradient.inner_stride
         if inner < n and of_gradient.inner == n:  # one stride: walk it by the logits' two levels
             grad_outer_stride = inner * grad_inner_stride
-    ragged = any(s % _VECTOR for s in (logits.shape[-1], outer_stride, inner_stride))
+    vector = _VECTOR_BYTES // logits.dtype.itemsize
+    ragged = any(s % vector for s in (logits.shape[-1], outer_stride, inner_stride))
     shift = (grad_outer_stride - outer_stride, grad_inner_stride - inner_stride)
-    aligned = not any(s % _VECTOR for s in shift)
-    return _Layout((inner, outer_stride, inner_stride, grad_outer_stride, grad_inner_stride), ragged, aligned)
+    aligned = not any(s % vector for s in shift)
+    return _Layout((inner, outer_stride, inner_stride, grad_outer_stride, grad_inner_stride), vector, ragged, aligned)
 
 
 def _rows(tensor: Tensor) -> Rows:

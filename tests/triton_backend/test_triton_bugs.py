@@ -18,6 +18,7 @@ from triton_cases import (
     check_terms,
     check_two_phase,
     one_shot,
+    small_tiles,  # noqa: F401  (a fixture)
     terms_case,
 )
 
@@ -54,7 +55,7 @@ MUTANTS = [
     ("sums.py", "tl.where(first, with_hole, full) * TILE", "full * TILE"),
     ("sums.py", "unmasked = full - waits.to(tl.int32)", "unmasked = full"),
     ("sums.py", "count -= (with_hole & (hole < full * PLAN.depth * LANES)).to(tl.int32)", "count -= 0"),
-    ("sums.py", "count = body - tl.where(hole < body, VECTOR, 0)", "count = body"),
+    ("sums.py", "count = body - tl.where(hole < body, PLAN.vector, 0)", "count = body"),
     ("sums.py", "alone = sums.sum == 0", "alone = sums.sum < 0"),
     ("sums.py", "tl.where(alone, target_logit, sums.peak)", "sums.peak"),
     ("sums.py", "drift += (target_y - maximum) * scale", "drift += 0.0"),
@@ -128,8 +129,8 @@ MUTANTS = [
     ("loss_and_grad.py", "active = read & (weight != 0)", "active = read"),
     (
         "loss_and_grad.py",
-        "body_pointer(grad, grad_offset, head, PLAN.aligned)",
-        "body_pointer(grad, offset, head, PLAN.aligned)",
+        "body_pointer(grad, grad_offset, head, PLAN.aligned, PLAN)",
+        "body_pointer(grad, offset, head, PLAN.aligned, PLAN)",
     ),
     ("loss_and_grad.py", "if coefficients == 0:", "if not read:"),
     ("loss_and_grad.py", "inverse_t * (1.0 - target_y * target_y) if", "(1.0 - target_y * target_y) if"),

@@ -18,6 +18,7 @@ from triton_cases import (
     one_shot,
     problem,
     run_one_pass,
+    small_tiles,  # noqa: F401  (a fixture)
     two_phase,
 )
 

@@ -6,7 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, assert_only_inside, guarded, one_shot, problem, two_phase
+from triton_cases import (
+    DEVICE,
+    assert_only_inside,
+    guarded,
+    one_shot,
+    problem,
+    small_tiles,  # noqa: F401  (a fixture)
+    two_phase,
+)
 
 from fused_losses.backends import triton as backend
 from fused_losses.backends.triton import BACKEND

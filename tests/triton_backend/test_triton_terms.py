@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICE, IGNORE, TERMS, assert_only_inside, check_terms, guarded, one_shot, problem, terms_case
+from triton_cases import (
+    DEVICE,
+    IGNORE,
+    TERMS,
+    assert_only_inside,
+    check_terms,
+    guarded,
+    one_shot,
+    problem,
+    small_tiles,  # noqa: F401  (a fixture)
+    terms_case,
+)
 
 from fused_losses.backends import Backend
 from fused_losses.backends.eager import BACKEND as EAGER

@@ -21,6 +21,7 @@ from triton_cases import (
     problem,
     row_stats,
     run_one_pass,
+    small_tiles,  # noqa: F401  (a fixture)
 )
 from triton_objectives import NUM_INPUTS, WEIGHTED_SUM
 

@@ -1,13 +1,14 @@
 """Problems for the Triton kernels, their truth in float64, and checks of a backend's stages against it.
 
 Without a GPU the kernels run in Triton's interpreter (conftest.py sets TRITON_INTERPRET=1), whose cost is per block
-operation: tiles are shrunk (`small_tiles`), so that small vocabularies reach the loops and tails of large ones.
+operation: tiles are shrunk (`small_tiles`, which every file of tests imports), so that small vocabularies reach the
+loops and tails of large ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from fused_losses.objectives import OBJECTIVES, Objective
 from fused_losses.problem import Coefficients, Column, Problem, Stats, Targets, Terms, Transform
 from fused_losses.terms import Seen, row_loss
 
+pytest.importorskip("triton")  # here, and so in all that imports this
+
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="watches the interpreter's memory accesses")
 
@@ -28,12 +31,19 @@ PLAIN = Terms()
 CLAMP = 1.5
 
 
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of a real vocabulary's proportions: V = 100 has full tiles and a tail."""
+    reason = BACKEND.unusable(DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
     for name, value in {"_TILE": 32, "_TOKENS": 16, "_SUM_BLOCK": 16}.items():
         monkeypatch.setattr(backend, name, value)
     monkeypatch.setattr(backend, "_lanes", lambda warps: 16)
     monkeypatch.setattr(backend, "_depth", lambda itemsize, kind: 2)
+    backend._walk.cache_clear()
+    yield
+    backend._walk.cache_clear()
 
 
 def one_shot(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
