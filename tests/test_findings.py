@@ -770,3 +770,87 @@ def test_metrics_of_no_token_have_one_dtype(backend, device):
     with default_of_torch("float64"):
         outputs = fused_losses.ppo(logits, nothing.long(), nothing, nothing, return_outputs=True, backend=backend)[1]
         assert {value.dtype for value in outputs.metrics.values()} == {torch.float32}
+
+
+# ---- Found by reading ----
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro", "sapo"])
+def test_policy_loss_clamps_as_the_loss_of_that_name(backend, device, name):
+    call = Call(device)
+    tokens, old_logprobs, advantages = call.ppo
+    options = {"log_ratio_clamp": 0.05, "reduction": "mean", "backend": backend}
+    expected = getattr(fused_losses, name)(call.logits, tokens, old_logprobs, advantages, **options)
+    assert fused_losses.policy_loss(call.logits, tokens, name, old_logprobs, advantages, **options) == expected
+    without = getattr(fused_losses, name)(
+        call.logits, tokens, old_logprobs, advantages, reduction="mean", backend=backend
+    )
+    assert expected != without  # the clamp does something here
+
+
+def test_policy_loss_takes_inputs_in_the_order_of_the_loss(backend, device):
+    call = Call(device)
+    tokens, old_logprobs, advantages = call.ppo
+    advantages = -torch.ones_like(call.ppo[1] + 0 * advantages)
+    expected = fused_losses.ppo(call.logits, tokens, old_logprobs - 3, advantages, dual_clip=1.5, backend=backend)
+    got = fused_losses.policy_loss(
+        call.logits, tokens, "ppo", old_logprobs - 3, advantages, 0.8, 1.2, 1.5, backend=backend
+    )
+    assert got == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
+def test_wrapper_as_upstream_gradient(backend, device, options):
+    """It has no memory: refused by name, not read."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    call = Call(device)
+    leaf = call.logits.clone().requires_grad_()
+    loss = fused_losses.ppo(leaf, *call.ppo, backend=backend, **options)
+    two = torch.full((), 2.0, device=device)
+    with pytest.raises(TypeError, match="upstream gradient"):
+        loss.backward(TwoTensor(two, two.clone()))
+
+
+@pytest.mark.filterwarnings("ignore")  # of Dynamo, about what it does not look into
+def test_backward_under_compiled_autograd(backend, device):
+    from torch._dynamo import compiled_autograd
+
+    call = Call(device)
+    plain, compiled = (call.logits.clone().requires_grad_() for _ in range(2))
+    fused_losses.ppo(plain, *call.ppo, backend=backend).backward()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        fused_losses.ppo(compiled, *call.ppo, backend=backend).backward()
+    torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+def test_importance_weight_next_to_1(backend, device):
+    """1 in float32, and not in float64: one place decides whether a loss is plain."""
+    call = Call(device)
+    expected = fused_losses.ppo(call.logits, *call.ppo, backend=backend)
+    got = fused_losses.ppo(call.logits, *call.ppo, importance_weights=1 + 1e-9, backend=backend)
+    torch.testing.assert_close(got, expected)
+
+
+def test_softcap_over_temperature_within_float32(backend, device):
+    call = Call(device)
+    with pytest.raises(ValueError, match="softcap / temperature"):
+        fused_losses.ppo(call.logits, *call.ppo, softcap=1e38, temperature=0.1, backend=backend)
+
+
+class Mine(torch.Tensor):
+    """A subclass with memory of its own."""
+
+
+def test_own_objective_beside_a_subclass(backend, device):
+    call = Call(device)
+    tokens, _, advantages = call.ppo
+
+    def formula(logp, advantages):
+        return -logp * advantages, -advantages.expand_as(logp)
+
+    objective = fused_losses.Objective("beside_a_subclass", formula, inputs=("advantages",))
+    advantages = advantages + torch.zeros(call.logits.shape[:-1], device=device)
+    expected = fused_losses.policy_loss(call.logits, tokens, objective, advantages, backend=backend)
+    got = fused_losses.policy_loss(call.logits, tokens, objective, advantages.as_subclass(Mine), backend=backend)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
