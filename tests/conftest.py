@@ -63,10 +63,6 @@ def require(backend: str) -> None:
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
-# Where numbers are compared: the CPU backend runs there with every instruction set of the machine, as each sums in an
-# order of its own. Elsewhere it runs with the best.
-EACH_INSTRUCTION_SET = ("test_values", "test_gradients", "test_losses")
-
 
 def instruction_sets() -> list[str]:
     """Those that the CPU backend has here, the best first."""
@@ -92,6 +88,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "each_instruction_set: the CPU backend runs with every one of the machine, as each sums in an order of its own",
+    )
     forced = config.getoption("--instruction-set")
     if forced is None:
         return
@@ -105,15 +105,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    each = metafunc.module.__name__ in EACH_INSTRUCTION_SET and not metafunc.config.getoption("--instruction-set")
-    if not each or "backend" not in metafunc.fixturenames:
+    if "backend" not in metafunc.fixturenames:
         return
-    cpu = [f"cpu-{name}" for name in instruction_sets()] or ["cpu"]
-    params = [p for name in BACKENDS for p in (cpu if name == "cpu" else [name])]
+    marked = metafunc.definition.get_closest_marker("each_instruction_set") is not None
+    each = marked and not metafunc.config.getoption("--instruction-set")
+    cpu = [f"cpu-{name}" for name in instruction_sets()] if each else []
+    params = [p for name in BACKENDS for p in (cpu if cpu and name == "cpu" else [name])]
     metafunc.parametrize("backend", params, indirect=True)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, instruction_set = request.param.partition("-")
     require(name)

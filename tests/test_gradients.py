@@ -9,6 +9,8 @@ import torch
 from cases import DTYPES, LOSSES, MODES, Case, make, run
 from torch import Tensor
 
+pytestmark = pytest.mark.each_instruction_set
+
 ONE_PASS, TWO_PHASE = ("one pass", "in place"), ("recompute", "none")
 
 

@@ -26,6 +26,7 @@ from fused_losses.objectives import OBJECTIVES
 ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("objective", LOSSES)
@@ -45,6 +46,7 @@ def test_logprobs(backend, device, dtype):
     check(make("logprobs", (2, 5), 1000, dtype, device), backend, upstream=torch.randn(2, 5))
 
 
+@pytest.mark.each_instruction_set
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("vocab", [1, 2, 3, 31, 128, 129, 4097])
 def test_vocab(backend, device, vocab, dtype):

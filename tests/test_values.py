@@ -24,6 +24,8 @@ from torch import Tensor
 
 import fused_losses
 
+pytestmark = pytest.mark.each_instruction_set
+
 INF, NAN = math.inf, math.nan
 
 MASKED_BY = ("ignore_index", "weight 0", "False")
