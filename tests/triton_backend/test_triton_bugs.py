@@ -227,6 +227,11 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     one_shot(monkeypatch, False)
     check_terms(terms_case("capped smoothed", "cross_entropy", 67, torch.float32, 1))
     check_terms(terms_case("capped smoothed", "cross_entropy", 1, torch.float32))
+    case = terms_case("smoothed", "cross_entropy", 67, torch.float32)
+    for row in (0, 3):  # the others' maximum beside the target, in the vector that its row's sweep leaves out
+        for neighbour in (case.targets[row] - 1, case.targets[row] + 1):
+            case.logits[row, neighbour % 67] += 12.0
+    check_terms(case)
     check_terms(terms_case("capped entropy", "cross_entropy", 40, torch.float32, 5))
 
     case = Case("cross_entropy", 19, torch.float32)  # two levels of strides, with room for whoever gets them wrong
