@@ -164,7 +164,7 @@ inline bool contiguous(const dlpack::Tensor& t) {
     if (elements(t) == 0) return true;
     int64_t stride = 1;
     for (int i = t.ndim; i-- > 0; stride *= t.shape[i])
-        if (t.shape[i] > 1 && t.strides[i] != stride) return elements(t) == 0;
+        if (t.shape[i] > 1 && t.strides[i] != stride) return false;
     return true;
 }
 

@@ -174,7 +174,7 @@ def clip(low: Column | None, high: Column | None) -> None:
 
 
 def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) -> Column:
-    """What the sum is divided by: 1 for a plain sum, and for a plain mean, whose kernels form it themselves."""
+    """What the sum is divided by: 1 for a plain sum, and for a plain mean, whose normaliser a backend forms."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if value is None:

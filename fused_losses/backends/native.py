@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,7 @@ def inputs_differ(theirs: dict[str, str]) -> str | None:
     return None
 
 
-class Native:
+class Native(ABC):
     """A backend over one C++ module."""
 
     device_type: str
@@ -71,9 +72,9 @@ class Native:
     def runs(self, objective: Objective) -> bool:
         return OBJECTIVES.get(objective.name) is objective
 
+    @abstractmethod
     def launch(self, function: Callable[..., None], device: torch.device, *args: Any) -> None:
         """Run ``function`` on ``device``, on torch's current stream there."""
-        raise NotImplementedError
 
     def normaliser(self, problem: Problem) -> Tensor:
         device = problem.targets.tokens.device

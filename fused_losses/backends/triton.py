@@ -396,7 +396,7 @@ def _layout(logits: Tensor, gradient: Tensor) -> _Layout:
 
 def _rows(tensor: Tensor) -> Rows:
     layout = rows(tensor)
-    assert layout is not None  # ops.py has copied what can't be walked
+    assert layout is not None  # what can't be walked has been copied
     return layout
 
 
