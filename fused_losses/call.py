@@ -90,7 +90,8 @@ def cross_entropy(
     return _run(logits, target_tokens, problem, {}, reduction, how, mean)
 
 
-def gspo(
+def sequence_policy(
+    name: str,
     logits: Tensor,
     target_tokens: Tensor,
     columns: Columns,
@@ -100,23 +101,11 @@ def gspo(
     reduction: Reduction,
     how: How,
 ) -> Result:
-    _check_ratio_gradient(sequences)
+    checks.one_of("ratio_gradient", sequences.ratio_gradient, ("token", "sequence"))
+    loss = composition.OF_SEQUENCES[name]
     return _composed(
-        composition.gspo, logits, target_tokens, columns, sequences, terms, transform, reduction, how, True
+        loss.objective, logits, target_tokens, columns, sequences, terms, transform, reduction, how, loss.has_ratio
     )
-
-
-def gmpo(
-    logits: Tensor,
-    target_tokens: Tensor,
-    columns: Columns,
-    sequences: Sequences,
-    terms: PolicyTerms,
-    transform: Transform,
-    reduction: Reduction,
-    how: How,
-) -> Result:
-    return _composed(composition.gmpo, logits, target_tokens, columns, sequences, terms, transform, reduction, how)
 
 
 def sapo(
@@ -130,17 +119,14 @@ def sapo(
     reduction: Reduction,
     how: How,
 ) -> Result:
-    _check_ratio_gradient(sequences)
+    checks.one_of("ratio_level", ratio_level, ("token", "sequence"))
+    checks.one_of("ratio_gradient", sequences.ratio_gradient, ("token", "sequence"))
     if ratio_level == "token":
         for name in ("cu_seqlens", "sequence_ratio_mask"):
             if getattr(sequences, name) is not None:
                 raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
         return policy("sapo", logits, target_tokens, columns, terms, transform, reduction, how)
-    if ratio_level != "sequence":
-        raise ValueError(f'ratio_level must be "token" or "sequence", got {ratio_level!r}')
-    return _composed(
-        composition.sapo, logits, target_tokens, columns, sequences, terms, transform, reduction, how, True
-    )
+    return sequence_policy("sapo", logits, target_tokens, columns, sequences, terms, transform, reduction, how)
 
 
 def policy_loss(
@@ -350,11 +336,6 @@ def _shares(
 # ---- Composed of torch operations ----
 
 
-def _check_ratio_gradient(sequences: Sequences) -> None:
-    if sequences.ratio_gradient not in ("token", "sequence"):
-        raise ValueError(f'ratio_gradient must be "token" or "sequence", got {sequences.ratio_gradient!r}')
-
-
 def _composed(
     objective: PerToken,
     logits: Tensor,
@@ -372,10 +353,16 @@ def _composed(
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     if how.inplace and stages.wants_gradient((logits,)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
-    checked: dict[str, Column | None] = {"temperature": transform.temperature, "log_ratio_clamp": terms.log_ratio_clamp}
-    checked |= {name: value for name, value in columns.items() if value is not None or name in _NEVER_NONE}
-    checked |= {"weights": reduction.weights, "importance_weights": terms.importance_weights}
-    checked |= {"entropy_coef": terms.entropy_coef, "kl_coef": terms.kl_coef, "ref_logprobs": terms.ref_logprobs}
+    checked: dict[str, Column | None] = {
+        **columns,
+        "temperature": transform.temperature,
+        "weights": reduction.weights,
+        "log_ratio_clamp": terms.log_ratio_clamp,
+        "importance_weights": terms.importance_weights,
+        "entropy_coef": terms.entropy_coef,
+        "ref_logprobs": terms.ref_logprobs,
+        "kl_coef": terms.kl_coef,
+    }
     for name, value in checked.items():
         if value is not None or name in _NEVER_NONE:
             checks.column(name, value, logits)  # type: ignore[arg-type]

@@ -190,6 +190,12 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) ->
     return value.detach().to(torch.float32)
 
 
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        listed = " or ".join(f'"{one}"' for one in known)
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
 def backend(name: BackendName) -> BackendName:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")

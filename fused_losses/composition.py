@@ -100,6 +100,18 @@ def gmpo(logp: Tensor, tokens: Tokens) -> Tensor:
     return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
 
 
+class OfSequences(NamedTuple):
+    objective: PerToken
+    has_ratio: bool  # the loss's ratio is that of a token's sequence: KL is weighted by it, metrics are made of it
+
+
+OF_SEQUENCES = {
+    "gspo": OfSequences(gspo, has_ratio=True),
+    "gmpo": OfSequences(gmpo, has_ratio=False),
+    "sapo": OfSequences(sapo, has_ratio=True),
+}
+
+
 def of_function(function: Callable[..., Any], inputs: tuple[Any, ...]) -> PerToken:
     """A user's function of the logprobs and of ``inputs`` as they are."""
 

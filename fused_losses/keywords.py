@@ -387,7 +387,7 @@ class Loss(NamedTuple):
     defaults: Mapping[str, object] = {}  # where they are not the keyword's
     words: Mapping[str, str] = {}  # instead of the keyword's
     more: Mapping[str, str] = {}  # after the keyword's
-    call: str = "policy"  # the function of call.py that it calls; of "policy" each loss is a name
+    call: str = "policy"  # the function of call.py that it calls; one that serves several gets the loss's name
     flag: str = "return_outputs"  # the keyword with which it returns a pair
     second: str = "Outputs"  # the type of that pair's second
     returns: str = _RETURNS
@@ -477,7 +477,7 @@ _FUNCTIONS = (
             "dual_clip": JOINT,
             "delta": JOINT,
         },
-        call="gspo",
+        call="sequence_policy",
     ),
     Loss(
         "gmpo",
@@ -494,7 +494,7 @@ _FUNCTIONS = (
             Default e^-0.4 and e^0.4."""
         },
         more={"advantages": "The same for all tokens of a sequence."},
-        call="gmpo",
+        call="sequence_policy",
     ),
     Loss(
         "policy_loss",

@@ -1346,7 +1346,8 @@ def gspo(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
         RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
     """
-    return call.gspo(
+    return call.sequence_policy(
+        "gspo",
         logits,
         target_tokens,
         {
@@ -1557,7 +1558,8 @@ def gmpo(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
         RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
     """
-    return call.gmpo(
+    return call.sequence_policy(
+        "gmpo",
         logits,
         target_tokens,
         {

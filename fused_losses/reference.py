@@ -190,10 +190,15 @@ def _per_token(name: str) -> Callable[..., Any]:
     return _loss(lambda given: _of_objective(OBJECTIVES[name], given), name)
 
 
+def _of_sequences(name: str, given: _Asked) -> Any:
+    loss = composition.OF_SEQUENCES[name]
+    return _composed(loss.objective, given, given.columns, loss.has_ratio)
+
+
 def _sapo(given: _Asked) -> Any:
     if given.ratio_level == "token":
         return _of_objective(OBJECTIVES["sapo"], given)
-    return _composed(composition.sapo, given, given.columns, True)
+    return _of_sequences("sapo", given)
 
 
 def _policy_loss(given: _Asked) -> Any:
@@ -209,8 +214,8 @@ ppo = _per_token("ppo")
 cispo = _per_token("cispo")
 dro = _per_token("dro")
 sapo = _loss(_sapo, "sapo")
-gspo = _loss(lambda given: _composed(composition.gspo, given, given.columns, True), "gspo")
-gmpo = _loss(lambda given: _composed(composition.gmpo, given, given.columns), "gmpo")
+gspo = _loss(lambda given: _of_sequences("gspo", given), "gspo")
+gmpo = _loss(lambda given: _of_sequences("gmpo", given), "gmpo")
 policy_loss = _loss(_policy_loss, "policy_loss")
 
 

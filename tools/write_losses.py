@@ -50,6 +50,7 @@ from .problem import (
 )
 '''
 GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
+BY_NAME = ("policy", "sequence_policy")  # functions of call.py that serve several losses
 WIDTH = 120
 
 
@@ -98,7 +99,7 @@ def arguments(loss: Loss) -> list[str]:
     """Of the call in the body."""
     if loss.call == "logprobs":  # of no loss: it has no more of Reduction and How than these two
         return ["logits", "target_tokens", record("Transform", loss), "ignore_index", "backend", "return_entropy"]
-    given = [f'"{loss.name}"'] if loss.call == "policy" else []
+    given = [f'"{loss.name}"'] if loss.call in BY_NAME else []
     inputs = [f'"{name}": {name}' for name in members("inputs", loss)]
     for name in loss.keywords:
         if KEYWORDS[name].group == "":
