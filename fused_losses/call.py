@@ -233,10 +233,12 @@ def _run(
     """mean: what the sum is divided by is still to be found."""
     checks.backend(how.backend)
     reduce = reduction.reduction != "none"
-    wants_gradient = stages.wants_gradient((logits,))
-    if how.inplace and wants_gradient:
-        checks.inplace(logits, reduction.reduction, how.recompute)
-    source = _source(logits, problem, how if wants_gradient else how._replace(inplace=False))
+    if how.inplace:
+        if stages.wants_gradient((logits,)):
+            checks.inplace(logits, reduction.reduction, how.recompute)
+        else:  # forward only, which writes nothing
+            how = how._replace(inplace=False)
+    source = _source(logits, problem, how)
     if mean:
         problem = problem._replace(denominator=source.normaliser(problem))
     loss, table = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)

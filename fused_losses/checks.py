@@ -235,8 +235,8 @@ def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> No
     """Raise ValueError with the first target outside [0, V) that is not ``ignore_index``. Synchronises."""
     if target_tokens.numel() == 0:
         return
-    low, high = (t.item() for t in torch.aminmax(target_tokens))
-    if low >= 0 and high < vocab:
+    low, high = torch.aminmax(target_tokens)
+    if low.item() >= 0 and high.item() < vocab:
         return
     bad = ((target_tokens < 0) | (target_tokens >= vocab)) & (target_tokens != ignore_index)
     if bad.any():

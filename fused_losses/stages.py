@@ -65,7 +65,7 @@ def run(
 
 
 def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in inputs]
 
 
 class OnePass(torch.autograd.Function):
