@@ -2,6 +2,8 @@
 #include <float.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fused_losses {
@@ -16,16 +18,34 @@ FL_INLINE int64_t block_size(int64_t vocab, int64_t begin) { return vocab - begi
 
 FL_INLINE bool holds(int64_t size, int64_t index) { return static_cast<uint64_t>(index) < static_cast<uint64_t>(size); }
 
+// Which of a group's elements the lanes of its register i hold; load_group of simd.h.
 template <class T>
-FL_INLINE T minus_infinity() {
-    T group[kStep];
-    store_group(group, group_of(-INFINITY));
-    return group[0];
+FL_INLINE Bits places(int64_t i) {
+    Bits lanes = {};
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    const uint32_t first = i * kLanes;
+    if (std::is_same<T, BFloat16>::value) return 2 * lanes + static_cast<uint32_t>(i % 2 ? first - kLanes + 1 : first);
+    return lanes + first;
 }
 
-// Run body(group, where it begins, how many of its elements are the row's). The ragged end goes through a buffer, so
-// that there is one body and one rounding, and so does the group of an element that is to be left out; -inf is what
-// neither maximum nor sum sees.
+template <class T>
+FL_INLINE Group without(Group x, int64_t left_out) {
+    for (int64_t i = 0; i < kGroup; ++i)
+        x.of[i] = places<T>(i) == static_cast<uint32_t>(left_out) ? all(-INFINITY) : x.of[i];
+    return x;
+}
+
+template <class T>
+FL_INLINE Group load_first(const T* row, int64_t count, float padding) {
+    if (count == kStep) return load_group(row);
+    T padded[kStep];
+    store_group(padded, group_of(padding));
+    memcpy(static_cast<void*>(padded), row, count * sizeof(T));
+    return load_group(padded);
+}
+
+// Run body(group, where it begins, how many of its elements are the row's). The ragged end is padded, so that there is
+// one body and one rounding. What is left out is -inf, which neither maximum nor sum sees.
 template <class T, class Body>
 FL_INLINE void for_each_group(const T* row, int64_t n, Body body, float padding = -INFINITY, int64_t left_out = kNone) {
     const int64_t whole = n - n % kStep;
@@ -34,11 +54,8 @@ FL_INLINE void for_each_group(const T* row, int64_t n, Body body, float padding 
         for (; j < stop; j += kStep) body(load_group(row + j), j, kStep);
         if (j >= n) return;
         const int64_t count = n - j < kStep ? n - j : kStep;
-        T padded[kStep];
-        store_group(padded, group_of(padding));
-        memcpy(static_cast<void*>(padded), row + j, count * sizeof(T));
-        if (holds(count, left_out - j)) padded[left_out - j] = minus_infinity<T>();
-        body(load_group(padded), j, count);
+        const Group x = load_first(row + j, count, padding);
+        body(holds(kStep, left_out - j) ? without<T>(x, left_out - j) : x, j, count);
         j += kStep;
     }
 }
@@ -69,9 +86,10 @@ FL_INLINE Group kept_group(const float* exps, int64_t count) {
 // 0 where a group has an element that counts, -inf where it has padding or what is left out.
 template <class T>
 FL_INLINE Group counted(int64_t count, int64_t left_out) {
-    T group[kStep];
-    for (int64_t i = 0; i < kStep; ++i) group[i] = i < count && i != left_out ? T{} : minus_infinity<T>();
-    return load_group(group);
+    Group out;
+    for (int64_t i = 0; i < kGroup; ++i)
+        out.of[i] = places<T>(i) < static_cast<uint32_t>(count) ? all(0.f) : all(-INFINITY);
+    return holds(kStep, left_out) ? without<T>(out, left_out) : out;
 }
 
 template <class T>
