@@ -16,7 +16,7 @@ demo: install
 	$(RUN) examples/demo.py
 
 test: $(VENV)/oracles
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 bench: install
 	$(RUN) bench/run.py --touch 8

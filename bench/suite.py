@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "suite")
     options = parser.parse_args()
 
-    command = [sys.executable, "-m", "pytest", "-n", str(options.workers)]
+    command = [sys.executable, "-m", "pytest", "-n", str(options.workers), "--dist", "loadgroup"]
     start = time.perf_counter()
     done = subprocess.run(
         command,

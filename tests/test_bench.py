@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
+pytestmark = pytest.mark.xdist_group("bench")  # what the tests share is made once
+
+
 @pytest.fixture(scope="module")
 def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one --quick run, in a process of its own: it sets torch up as a user's run does."""

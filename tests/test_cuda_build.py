@@ -36,6 +36,9 @@ MOST = {
 EX2 = {"": (1, 1), "Identity": (1, 1), "Softcap": (2, 3)}
 
 
+pytestmark = pytest.mark.xdist_group("cuda_build")  # what the tests share is made once
+
+
 @pytest.fixture(scope="module")
 def module() -> Path:
     spec = importlib.util.find_spec("fused_losses._cuda")

@@ -165,19 +165,18 @@ def kernels(everything: bool) -> list[dict[str, Any]]:
         "targets": several | {"softcap": 30.0, "terms": Terms(label_smoothing=0.1)} | cross_entropy,
     }
     half, single = torch.bfloat16, torch.float32
-    for vocab in (32000, 128256, 50257, 151643):
-        record(90, vocab, half)
-    for vocab in (128256, 151643):
-        record(90, vocab, single, "", "one pass, stats")
-        for arch in (80, 100):
-            record(arch, vocab, half, "", "one pass")
+    for arch in MACHINES:
+        for vocab in (32000, 50304, 128256, 151936, 50257, 151643):
+            record(arch, vocab, half, "", ALL_STAGES if arch == 90 else "one pass")
+        for vocab in (32000, 128256, 151936, 151643):
+            record(arch, vocab, single, "", ALL_STAGES if arch == 90 else "one pass")
     for case in list(cases)[1:]:
-        record(90, 128256, half, case, "one pass, stats, grad")
-        record(90, 50257, half, case, "one pass")
-        record(90, 8192, half, case, "one pass")
-    for case in ("entropy", "targets"):
-        record(90, 128256, single, case, "one pass")
-        record(100, 151643, half, case, "one pass")
+        for vocab in (8192, 128256, 50257):
+            record(90, vocab, half, case, "one pass, stats, grad")
+        record(90, 128256, single, case, "one pass, stats, grad")
+    for arch in (80, 100):
+        record(arch, 151643, half, "entropy", "one pass")
+        record(arch, 151643, half, "targets", "one pass")
     if everything:
         for arch in MACHINES:
             for case in cases:

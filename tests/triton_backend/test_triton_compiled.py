@@ -32,6 +32,9 @@ def small_tiles() -> None:
         pytest.skip("triton is not installed")
 
 
+pytestmark = pytest.mark.xdist_group("compiled")  # one worker compiles
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = Path(__file__).parent
@@ -57,11 +60,17 @@ def describe(k: dict[str, Any]) -> str:
 
 
 def test_no_loop_spills(report: dict[str, Any]) -> None:
-    """What a row keeps for later may, a few registers once per row."""
+    """What a row keeps for later may, a few registers once per row: none of a plain row in whole vectors, but for two
+    on sm_100; most of a row with entropy and KL there, which has twelve columns waiting."""
     for k in report["kernels"]:
         sweeps = k["loops"] if k["kernel"] in ("loss_and_grad", "stats") else []
         assert not any(loop["local"] for loop in sweeps), describe(k)
-        assert k["local"] <= 60, f"{describe(k)}, {k['local']} local accesses"
+        newest = k["arch"] == 100
+        if k["case"] == "" and k["vocab"] % 8 == 0:
+            allowed = 4 if newest else 0
+        else:
+            allowed = 50 if newest and k["case"] == "entropy" else 32
+        assert k["local"] <= allowed, f"{describe(k)}, {k['local']} local accesses"
 
 
 def test_two_programs_of_eight_warps_share_a_processor(report: dict[str, Any]) -> None:
