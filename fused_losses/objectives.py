@@ -42,13 +42,14 @@ def ppo(
     logp: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    low: Tensor,
-    high: Tensor,
+    clip_low_threshold: Tensor,
+    clip_high_threshold: Tensor,
     log_ratio_clamp: Tensor,
     dual_clip: Tensor,
     delta: Tensor,
 ) -> Loss:
     """max(-min(r, delta) A, -clamp(r, low, high) A), at most -dual_clip A for A < 0: in effect one clamp per sign."""
+    low, high = clip_low_threshold, clip_high_threshold
     idle = _no_advantage(old_logprobs, advantages)
     positive, negative = advantages > 0, advantages < 0
     ceiling = torch.where(positive, torch.minimum(high, delta), torch.minimum(torch.maximum(high, delta), dual_clip))
@@ -64,8 +65,14 @@ def ppo(
 
 
 def cispo(
-    logp: Tensor, old_logprobs: Tensor, advantages: Tensor, low: Tensor, high: Tensor, log_ratio_clamp: Tensor
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low_threshold: Tensor,
+    clip_high_threshold: Tensor,
+    log_ratio_clamp: Tensor,
 ) -> Loss:
+    low, high = clip_low_threshold, clip_high_threshold
     idle = _no_advantage(old_logprobs, advantages)
     clamped, _ = log_ratio(logp.detach(), old_logprobs, log_ratio_clamp)
     ratio = torch.exp(clamped)

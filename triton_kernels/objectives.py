@@ -50,17 +50,18 @@ def cross_entropy(logp):
 
 
 @triton.jit
-def importance_sampling(logp, old_logprobs, advantages, clamp):
-    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+def importance_sampling(logp, old_logprobs, advantages, log_ratio_clamp):
+    log_r, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     value = -tl.exp(log_r) * advantages
     value = tl.where(no_advantage(old_logprobs, advantages), 0.0, value)
-    return nan_unless(clamp >= 0, value, tl.where(flows, value, 0.0))
+    return nan_unless(log_ratio_clamp >= 0, value, tl.where(flows, value, 0.0))
 
 
 @triton.jit
-def ppo(logp, old_logprobs, advantages, low, high, clamp, dual_clip, delta):
+def ppo(logp, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp, dual_clip, delta):
     """max(-min(r, delta) A, -clamp(r, low, high) A), at most -dual_clip A for A < 0: in effect one clamp per sign."""
-    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+    low, high = clip_low_threshold, clip_high_threshold
+    log_r, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     ratio = tl.exp(log_r)
     negative = advantages < 0
     ceiling = tl.where(negative, tl.minimum(tl.maximum(high, delta), dual_clip), tl.minimum(high, delta))
@@ -68,34 +69,35 @@ def ppo(logp, old_logprobs, advantages, low, high, clamp, dual_clip, delta):
     above = ratio > ceiling
     value = -tl.where(below, tl.minimum(low, ceiling), tl.where(above, ceiling, ratio)) * advantages
     value = tl.where(no_advantage(old_logprobs, advantages), 0.0, value)
-    valid = valid_clip(low, high) & (clamp >= 0) & (dual_clip >= 0) & (delta >= 0)
+    valid = valid_clip(low, high) & (log_ratio_clamp >= 0) & (dual_clip >= 0) & (delta >= 0)
     clipped = (below | above) & (advantages == advantages)
     return nan_unless(valid, value, tl.where(flows & (clipped == 0), value, 0.0))
 
 
 @triton.jit
-def cispo(logp, old_logprobs, advantages, low, high, clamp):
-    ratio = tl.exp(log_ratio(logp, old_logprobs, clamp)[0])
+def cispo(logp, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp):
+    low, high = clip_low_threshold, clip_high_threshold
+    ratio = tl.exp(log_ratio(logp, old_logprobs, log_ratio_clamp)[0])
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))  # a NaN ratio stays NaN
     g = tl.where(no_advantage(old_logprobs, advantages), 0.0, -clipped * advantages)
     value = tl.where(g == 0, 0.0, g * logp)  # ratio 0 comes with logp -inf
-    return nan_unless(valid_clip(low, high) & (clamp >= 0), value, g)
+    return nan_unless(valid_clip(low, high) & (log_ratio_clamp >= 0), value, g)
 
 
 @triton.jit
-def dro(logp, old_logprobs, advantages, beta, clamp):
-    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+def dro(logp, old_logprobs, advantages, beta, log_ratio_clamp):
+    log_r, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     reward = tl.where(advantages == 0, 0.0, logp * advantages)
     value = 0.5 * beta * log_r * log_r - reward
-    return nan_unless((beta >= 0) & (clamp >= 0), value, tl.where(flows, beta * log_r, 0.0) - advantages)
+    return nan_unless((beta >= 0) & (log_ratio_clamp >= 0), value, tl.where(flows, beta * log_r, 0.0) - advantages)
 
 
 @triton.jit
-def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, clamp):
+def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_clamp):
     """-(4 / tau) sigmoid(u) A, u = tau (r - 1). From u = 104 on 1 - sigmoid(u) is 0 in float32, and times a ratio that
     overflows NaN."""
     tau = tl.where(advantages > 0, tau_positive, tau_negative)
-    log_r, flows = log_ratio(logp, old_logprobs, clamp)
+    log_r, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     ratio = tl.exp(log_r)
     u = tau * (ratio - 1.0)
     saturated = u > 104.0
@@ -105,7 +107,7 @@ def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, clamp):
     value = -4.0 / tau * gate * advantages
     g = tl.where(flows & (saturated == 0), -4.0 * larger * (e * larger) * ratio * advantages, 0.0)
     idle = no_advantage(old_logprobs, advantages)
-    valid = (tau_positive > 0) & (tau_negative > 0) & (clamp >= 0)
+    valid = (tau_positive > 0) & (tau_negative > 0) & (log_ratio_clamp >= 0)
     return nan_unless(valid, tl.where(idle, 0.0, value), tl.where(idle, 0.0, g))
 
 

@@ -151,17 +151,11 @@ def input_values(token, vary, row, inside=None):
 
 @triton.jit
 def term_values(token, vary, row, inside=None):
-    terms = token.terms
-    first = INPUTS + len(token.inputs)
-    return TermColumns(
-        at(terms.importance_weights, vary, first, row, inside),
-        at(terms.ref_logprobs, vary, first + 1, row, inside),
-        at(terms.kl_coef, vary, first + 2, row, inside),
-        at(terms.entropy_coef, vary, first + 3, row, inside),
-        at(terms.log_ratio_clamp, vary, first + 4, row, inside),
-        at(terms.label_smoothing, vary, first, row, inside),  # a number: no bit is looked at
-        at(terms.z_loss, vary, first, row, inside),
-    )
+    values = ()
+    for i in tl.static_range(len(token.terms)):
+        place = INPUTS + len(token.inputs) + i
+        values = values + (at(token.terms[i], vary, place, row, inside),)  # noqa: RUF005
+    return TermColumns(*values)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from ..problem import (
     Problem,
     Stats,
     Targets,
+    Terms,
     Transform,
     coefficients_shape,
     empty,
@@ -100,7 +101,14 @@ class Triton:
                     *layout.strides,
                     function,
                     kind,
-                    _plan(layout.vector, layout.ragged, layout.aligned, walk.depth, walk.lanes, walk.one_shot),
+                    _plan(
+                        vector=layout.vector,
+                        ragged=layout.ragged,
+                        aligned=layout.aligned,
+                        depth=walk.depth,
+                        lanes=walk.lanes,
+                        one_shot=walk.one_shot,
+                    ),
                     **_options(walk.warps, maxnreg=walk.registers),
                 )
             loss = _reduce(row_losses, problem.denominator)
@@ -128,7 +136,7 @@ class Triton:
                 vocab,
                 *layout.strides[:3],
                 _of_stats(kind),
-                _plan(layout.vector, layout.ragged, True, depth, _lanes(warps)),
+                _plan(vector=layout.vector, ragged=layout.ragged, depth=depth, lanes=_lanes(warps)),
                 **_options(warps),
             )
         return Stats(table)
@@ -190,7 +198,7 @@ class Triton:
                 vocab,
                 *layout.strides,
                 _kind_of_grad(targets, transform, coefficients),
-                _plan(layout.vector, layout.ragged, layout.aligned, 1, tile),
+                _plan(vector=layout.vector, ragged=layout.ragged, aligned=layout.aligned, lanes=tile),
                 **_options(warps),
             )
 
@@ -210,7 +218,7 @@ class Triton:
                 n,
                 vocab,
                 *layout.strides[:3],
-                _plan(layout.vector, layout.ragged, True, 1, tile),
+                _plan(vector=layout.vector, ragged=layout.ragged, lanes=tile),
                 **_options(warps),
             )
 
@@ -228,6 +236,11 @@ def _kernels(package: str = "fused_losses.triton_kernels") -> SimpleNamespace:
     def module(name: str) -> ModuleType:
         return importlib.import_module(f"{package}.{name}")
 
+    objectives = module("objectives")
+    for objective in OBJECTIVES.values():
+        inputs = tuple(getattr(objectives, objective.name).arg_names[1:])
+        if inputs != objective.columns:
+            raise ImportError(f"Triton's {objective.name} takes {inputs}, not {objective.columns}")
     return SimpleNamespace(
         loss_and_grad=module("loss_and_grad").loss_and_grad,
         stats=module("stats").stats,
@@ -236,7 +249,7 @@ def _kernels(package: str = "fused_losses.triton_kernels") -> SimpleNamespace:
         scale=module("grad").scale,
         normaliser=module("tokens").normaliser,
         reduce=module("tokens").reduce,
-        objectives=module("objectives"),
+        objectives=objectives,
         records=module("records"),
     )
 
@@ -281,13 +294,13 @@ def _kind(problem: Problem) -> Any:
         return _plain(problem.all_logprobs)
     terms = problem.terms
     return _row_kind(
-        _power_of_2(problem.targets.num),
-        problem.transform.softcap is not None,
-        terms.entropy,
-        terms.label_smoothing != 0,
-        terms.kl_type,
-        terms.kl_weighted_by_ratio,
-        problem.all_logprobs,
+        targets=_power_of_2(problem.targets.num),
+        capped=problem.transform.softcap is not None,
+        entropy=terms.entropy,
+        smoothed=terms.label_smoothing != 0,
+        kl_type=terms.kl_type,
+        kl_weighted_by_ratio=terms.kl_weighted_by_ratio,
+        all_logprobs=problem.all_logprobs,
     )
 
 
@@ -295,15 +308,21 @@ def _kind_of_grad(targets: Targets, transform: Transform, coefficients: Coeffici
     """Coefficients are all that stage 3 knows of terms: any of them may be other than 0."""
     if coefficients.plain:
         return _plain(False)
-    return _row_kind(_power_of_2(targets.num), transform.softcap is not None, True, True, None, False, False)
+    return _row_kind(
+        targets=_power_of_2(targets.num), capped=transform.softcap is not None, entropy=True, smoothed=True
+    )
 
 
 def _of_stats(kind: Any) -> Any:
     """Stage 1 sees no KL."""
-    return (
-        kind
-        if kind.kl_type is None
-        else _row_kind(kind.targets, kind.capped, kind.entropy, kind.smoothed, None, False, kind.all_logprobs)
+    if kind.kl_type is None:
+        return kind
+    return _row_kind(
+        targets=kind.targets,
+        capped=kind.capped,
+        entropy=kind.entropy,
+        smoothed=kind.smoothed,
+        all_logprobs=kind.all_logprobs,
     )
 
 
@@ -316,13 +335,13 @@ def _plain(all_logprobs: bool) -> Any:
 
 
 @cache
-def _row_kind(*fields: object) -> Any:
-    return _kernels().records.RowKind(False, *fields)
+def _row_kind(**fields: object) -> Any:
+    return _kernels().records.RowKind(plain=False, **fields)
 
 
 @cache
-def _plan(*fields: object) -> Any:
-    return _kernels().records.Plan(*fields)
+def _plan(**fields: object) -> Any:
+    return _kernels().records.Plan(**fields)
 
 
 class _Walk(NamedTuple):
@@ -412,29 +431,18 @@ class _Values(NamedTuple):
     upstream: Column = 1.0
     denominator: Column = 1.0
     inputs: tuple[Column, ...] = ()
-    terms: tuple[Column, ...] = ()  # those of TermColumns, but for the two numbers
-    numbers: tuple[float, ...] = ()
+    terms: Terms | None = None  # None for a plain row
 
 
 def _values(problem: Problem) -> _Values:
-    given = _Values(
-        problem.targets,
-        problem.transform,
-        problem.weights,
+    return _Values(
+        targets=problem.targets,
+        transform=problem.transform,
+        weights=problem.weights,
         denominator=problem.denominator,
         inputs=problem.inputs,
+        terms=None if problem.plain else problem.terms,
     )
-    if problem.plain:
-        return given
-    terms = problem.terms
-    columns = (
-        terms.importance_weights,
-        terms.ref_logprobs,
-        terms.kl_coef,
-        terms.entropy_coef,
-        terms.log_ratio_clamp,
-    )
-    return given._replace(terms=columns, numbers=(terms.label_smoothing, terms.z_loss))
 
 
 class _Packed(NamedTuple):
@@ -444,24 +452,28 @@ class _Packed(NamedTuple):
 
 def _packed(given: _Values) -> _Packed:
     records = _kernels().records
-    columns = (given.weights, given.transform.temperature, given.upstream, *given.inputs, *given.terms)
-    weights, temperature, upstream, *others = (_aligned(c) if isinstance(c, Tensor) else float(c) for c in columns)
-    vary = 0
-    for i, column in enumerate((weights, temperature, upstream, *others)):
-        if isinstance(column, Tensor) and column.dim() and column.stride(0):
-            vary |= 1 << i
-    first = len(given.inputs)
-    tokens, shares = given.targets.tokens, given.targets.shares
+    vary = bits = 0
+
+    def packed(column: Column) -> Column:
+        """The next column, whose bit is the next in `vary`."""
+        nonlocal vary, bits
+        column = _aligned(column) if isinstance(column, Tensor) else float(column)
+        vary |= (isinstance(column, Tensor) and column.dim() > 0 and column.stride(0) > 0) << bits
+        bits += 1
+        return column
+
+    tokens, shares, terms = given.targets.tokens, given.targets.shares, given.terms
     token = records.Token(
-        _aligned(tokens),
-        None if shares is None else _aligned(shares),
-        weights,
-        temperature,
-        given.transform.softcap or 0.0,
-        upstream,
-        given.denominator if isinstance(given.denominator, Tensor) else float(given.denominator),
-        tuple(others[:first]),
-        records.TermColumns(*others[first:], *given.numbers) if given.terms else None,
+        # in the order of `vary`: rows.py
+        weights=packed(given.weights),
+        temperature=packed(given.transform.temperature),
+        upstream=packed(given.upstream),
+        inputs=tuple(packed(column) for column in given.inputs),
+        terms=terms and records.TermColumns(*(packed(getattr(terms, name)) for name in records.TermColumns._fields)),
+        targets=_aligned(tokens),
+        shares=None if shares is None else _aligned(shares),
+        softcap=given.transform.softcap or 0.0,
+        denominator=given.denominator if isinstance(given.denominator, Tensor) else float(given.denominator),
     )
     return _Packed(token, vary)
 
