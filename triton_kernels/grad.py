@@ -80,7 +80,7 @@ def grad(
             h = times(tl.load(coefficients + n + row), factor)
             zeta = times(tl.load(coefficients + 2 * n + row), factor)
             by = Coefficients(g, h, zeta, times(tl.load(coefficients + 3 * n + row), factor))
-        if any_of(by) == 0:  # the row's logits are not read
+        if any_of(by, ROW) == 0:  # the row's logits are not read
             tl.store(destination + columns, tl.zeros([TILE], tl.float32), mask=inside)
             if PLAN.ragged:  # noqa: SIM102  (decided when compiling, the other when running)
                 if start == 0:
@@ -104,7 +104,7 @@ def grad(
             if not ROW.plain:
                 outside = (share != 0) & (valid == 0)
                 whole = tl.where(is_any(outside, ROW), float("nan"), whole)  # and so is the row
-            dense = dense_factors(by, whole, softmax, inverse_t)
+            dense = dense_factors(by, whole, softmax, inverse_t, ROW)
             y = squash(load_tile(source + columns, inside, "evict_first"), inverse_cap, ROW)
             tl.store(destination + columns, dense_gradient(y, top, scale, dense, ROW), mask=inside)
             owner = (target >= head + start) & (target < head + start + TILE)
@@ -119,7 +119,7 @@ def grad(
             if is_any(stored, ROW):
                 slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
                 merged = merged_shares(token, row, target, share, num_targets, ROW)
-                value = target_gradient(by, merged, whole, seen, softmax.moment / softmax.total) * slope
+                value = target_gradient(by, merged, whole, seen, softmax.mean, ROW) * slope
                 tl.debug_barrier()  # other threads of this program stored what it is without a target there
                 tl.store(grad + grad_offset + target, value, mask=stored)
 

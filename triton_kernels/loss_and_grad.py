@@ -162,10 +162,10 @@ def loss_and_grad(
                     ROW,
                 )
             loss, logp, entropy = found.loss, found.logp, found.entropy
-            coefficients = any_of(found.by)
+            coefficients = any_of(found.by, ROW)
             if coefficients != 0:
                 softmax = found.softmax
-                dense = dense_factors(found.by, found.whole, softmax, inverse_t)
+                dense = dense_factors(found.by, found.whole, softmax, inverse_t, ROW)
                 if PLAN.one_shot:
                     if ROW.plain:
                         value = e * (softmax.half * (softmax.half * dense.a))
@@ -176,8 +176,7 @@ def loss_and_grad(
                     write_body(source, destination, body, top, scale, inverse_cap, dense, ROW, PLAN)
                 slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
                 merged = 1.0 if ROW.plain else merged_shares(token, row, target, share, num_targets, ROW)
-                mean = softmax.moment / softmax.total
-                own = target_gradient(found.by, merged, found.whole, found.target, mean) * slope
+                own = target_gradient(found.by, merged, found.whole, found.target, softmax.mean, ROW) * slope
                 if SIDE:
                     value = dense_gradient(squash(x, inverse_cap, ROW), top, scale, dense, ROW)
                     if ROW.single:

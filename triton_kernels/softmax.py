@@ -22,8 +22,8 @@ class Softmax(NamedTuple):
     behind: Any  # z_t - z_max
     rest: Any
     own: Any
-    moment: Any  # sum_j e^d_j d_j over all elements, d_j = z_j - z_max
-    total: Any  # sum_j e^d_j
+    mean: Any  # sum_j p_j d_j over all elements, d_j = z_j - z_max
+    inverse: Any  # 1 / total, total = sum_j e^d_j
     log_total: Any
 
 
@@ -60,15 +60,6 @@ def times(a, b):
 
 
 @triton.jit
-def log1p(x):
-    """For x >= 0: what 1 + x rounds away is made up for in proportion. W. Kahan's; libdevice has one, but the
-    interpreter has no libdevice."""
-    u = 1.0 + x
-    exact = u - 1.0
-    return tl.where(exact == 0, x, tl.where(exact < float("inf"), tl.log(u) * (x / exact), x))
-
-
-@triton.jit
 def distance_of(target_y, maximum, unit):
     """z_t - M. Finite where it overflows, as above others that are masked by the lowest number there is; a target of
     +inf is as bad as NaN."""
@@ -87,43 +78,51 @@ def softmax_of(distance, sum, moment):
     own = tl.exp(behind)
     moment = half * (half * moment - (half * lead) * sum) + times(own, behind)
     total = rest + own
-    log_total = tl.where(own == 1, log1p(rest), tl.log(total))
-    return Softmax(lead, half, behind, rest, own, moment, total, log_total)
+    log_total = tl.log(total)
+    # where own is 1, log1p(rest): what 1 + rest rounds away is made up for in proportion. W. Kahan's; libdevice has
+    # one, but the interpreter has no libdevice.
+    exact = total - 1.0
+    made_up = tl.where(exact == 0, rest, tl.where(exact < float("inf"), log_total * (rest / exact), rest))
+    inverse = 1.0 / total
+    return Softmax(lead, half, behind, rest, own, moment * inverse, inverse, tl.where(own == 1, made_up, log_total))
 
 
 @triton.jit
 def softmax_of_several(sum, moment):
     nothing = tl.zeros_like(sum)
-    return Softmax(nothing, nothing + 1.0, nothing, sum, nothing, moment, sum, tl.log(sum))
+    inverse = 1.0 / sum
+    return Softmax(nothing, nothing + 1.0, nothing, sum, nothing, moment * inverse, inverse, tl.log(sum))
 
 
 @triton.jit
 def target_seen(softmax):
-    total = softmax.total
-    return Target(softmax.behind, softmax.own / total, softmax.rest / total, softmax.behind - softmax.log_total)
+    inverse = softmax.inverse
+    return Target(softmax.behind, softmax.own * inverse, softmax.rest * inverse, softmax.behind - softmax.log_total)
 
 
 @triton.jit
 def target_seen_of_several(softmax, distance):
     """distance: z_t - z_max"""
-    total = softmax.total
     e = tl.exp(distance)
-    return Target(distance, e / total, (total - e) / total, distance - softmax.log_total)
+    return Target(distance, e * softmax.inverse, (softmax.rest - e) * softmax.inverse, distance - softmax.log_total)
 
 
 @triton.jit
-def target_gradient(by, share, whole, target, mean):
+def target_gradient(by, share, whole, target, mean, ROW: tl.constexpr):
     """dloss/dz_t. share: of all targets that are equal to this one; whole: of all targets. mean: sum_j p_j d_j."""
-    # share - whole p; where p is near 1 and the target has the whole, made of 1 - p
-    drawn = tl.where(target.p < 0.5, share - whole * target.p, (share - whole) + whole * target.others)
+    drawn = whole * target.others if ROW.single else share - whole * target.p  # a single target's share is the whole
+    if ROW.plain:
+        return by.g * drawn
     away = tl.maximum(target.distance, LOWEST) - mean  # where p is 0, distance may be -inf
     return by.g * drawn + target.p * (by.zeta - times(by.h, away)) + by.s
 
 
 @triton.jit
-def dense_factors(by, whole, softmax, inverse_t):
-    mean = times(by.h, softmax.moment / softmax.total)
-    factor = inverse_t / softmax.total
+def dense_factors(by, whole, softmax, inverse_t, ROW: tl.constexpr):
+    factor = inverse_t * softmax.inverse
+    if ROW.plain:
+        return Dense(-factor * by.g, 0.0, 0.0)
+    mean = times(by.h, softmax.mean)
     return Dense(factor * (by.zeta - by.g * whole + mean), -factor * by.h * LN2, inverse_t * by.s)
 
 
@@ -155,8 +154,10 @@ def only(g):
 
 
 @triton.jit
-def any_of(by):
-    """0 only if all four coefficients are."""
+def any_of(by, ROW: tl.constexpr):
+    """0 only if all coefficients are."""
+    if ROW.plain:
+        return by.g
     return tl.abs(by.g) + tl.abs(by.h) + tl.abs(by.zeta) + tl.abs(by.s)
 
 

@@ -15,7 +15,7 @@ def row_seen(softmax, logp, whole, z_max, drift, vocab, ROW: tl.constexpr):
     """z_max; drift: sum_j z_j - M over all elements; vocab: the number of classes."""
     entropy = tl.zeros_like(logp)
     if ROW.entropy:
-        entropy = softmax.log_total - softmax.moment / softmax.total
+        entropy = softmax.log_total - softmax.mean
     spread = softmax.lead + softmax.log_total - drift / vocab
     return Seen(logp, whole, z_max + softmax.log_total, entropy, spread)
 
