@@ -1,5 +1,5 @@
 // The Python face of a backend: the records of fused_losses/problem.py, read by name, and tensors, read through DLPack.
-// The CPU and the CUDA module offer the same six functions. What does not fit raises before anything is launched.
+// The CPU and the CUDA module offer the same five functions. What does not fit raises before anything is launched.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,7 +20,7 @@ namespace py = pybind11;
 // clang-format off
 #define FL_NAMES(apply)                                                                                             \
     apply(logits) apply(gradient) apply(stats) apply(coefficients) apply(logprobs) apply(row_losses) apply(loss)    \
-    apply(upstream) apply(normaliser) apply(table)                                                                  \
+    apply(upstream) apply(table)                                                                                    \
     apply(targets) apply(tokens) apply(ignore_index) apply(shares)                                                  \
     apply(transform) apply(temperature) apply(softcap)                                                              \
     apply(weights) apply(plain) apply(objective) apply(name) apply(inputs) apply(denominator) apply(vocab) apply(all_logprobs)   \
@@ -265,7 +265,9 @@ inline Terms terms(PyObject* record, int64_t n) {
     return out;
 }
 
-inline Problem problem(PyObject* record, int64_t n) {
+// loss: where the loss will be, if it is to be divided. Until then a mean's normaliser is there: the loss is written by
+// whoever reads its denominator last.
+inline Problem problem(PyObject* record, int64_t n, const float* loss = nullptr) {
     const Python& py = python();
     Problem out;
     out.targets = targets(field(record, py.targets), n);
@@ -279,7 +281,8 @@ inline Problem problem(PyObject* record, int64_t n) {
     for (Py_ssize_t i = 0; i < kMaxInputs; ++i)
         out.inputs[i] = i < PyTuple_GET_SIZE(inputs) ? column(PyTuple_GET_ITEM(inputs, i), n, py.inputs) : Column{};
     out.terms = terms(field(record, py.terms), n);
-    out.denominator = column_of(record, n, py.denominator);
+    PyObject* denominator = field(record, py.denominator);
+    out.denominator = denominator == Py_None ? Column{loss, 0, 1.f} : column(denominator, n, py.denominator);
     out.vocab = integer(field(record, py.vocab), py.vocab);
     out.all_logprobs = flag(field(record, py.all_logprobs));
     out.plain = flag(field(record, py.plain));
@@ -314,11 +317,21 @@ inline int64_t tokens_of(PyObject* problem) {
     return tokens.ndim ? tokens.shape[0] : 0;
 }
 
-// ---- The six functions ---------------------------------------------------------------------------------------------
+// ---- The five functions --------------------------------------------------------------------------------------------
 
 template <class Params>
 void run(const Params& params, uintptr_t stream) {
     py::gil_scoped_release release;
+    launch(params, stream);
+}
+
+// Of a stage that divides by the problem's denominator.
+template <class Params>
+void run_and_divide(const Params& params, int64_t n, uintptr_t stream) {
+    py::gil_scoped_release release;
+    const Problem& asked = params.problem;
+    if (params.loss && asked.denominator.data == params.loss)
+        launch(NormaliserParams{n, asked.targets, asked.weights, params.loss}, stream);
     launch(params, stream);
 }
 
@@ -333,12 +346,12 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
     m.def("loss_and_grad", [](py::handle logits_arg, py::handle gradient, py::handle record, py::handle logprobs_arg,
                               py::handle row_losses, py::handle loss, uintptr_t stream) {
         const Rows logits = matrix(logits_arg.ptr(), python().logits);
-        const Problem asked = problem(record.ptr(), logits.n);
-        run(LossAndGradParams{logits, gradient_of(logits, gradient.ptr()), asked,
-                              logprobs(logprobs_arg.ptr(), asked, logits.n),
-                              floats(row_losses.ptr(), logits.n, python().row_losses),
-                              floats(loss.ptr(), 1, python().loss)},
-            stream);
+        float* const into = floats(loss.ptr(), 1, python().loss);
+        const Problem asked = problem(record.ptr(), logits.n, into);
+        run_and_divide(LossAndGradParams{logits, gradient_of(logits, gradient.ptr()), asked,
+                                         logprobs(logprobs_arg.ptr(), asked, logits.n),
+                                         floats(row_losses.ptr(), logits.n, python().row_losses), into},
+                       logits.n, stream);
     });
     m.def("stats", [](py::handle logits_arg, py::handle record, py::handle stats_arg, uintptr_t stream) {
         const Rows logits = matrix(logits_arg.ptr(), python().logits);
@@ -349,12 +362,13 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
     m.def("objective", [](py::handle stats_arg, py::handle record, py::handle logprobs_arg, py::handle row_losses,
                           py::handle coefficients_arg, py::handle loss, uintptr_t stream) {
         const int64_t n = tokens_of(record.ptr());
-        const Problem asked = problem(record.ptr(), n);
-        run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
+        float* const into = loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss);
+        const Problem asked = problem(record.ptr(), n, into);
+        run_and_divide(
+            ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
                             logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
-                            coefficients<float>(coefficients_arg.ptr(), asked.plain, n),
-                            loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss)},
-            stream);
+                            coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into},
+            n, stream);
     });
     m.def("grad", [](py::handle logits_arg, py::handle gradient, py::handle targets_arg, py::handle transform_arg,
                      py::handle stats_arg, py::handle coefficients_arg, py::handle upstream, uintptr_t stream) {
@@ -369,13 +383,6 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
     });
     m.def("scale", [](py::handle gradient, py::handle upstream, uintptr_t stream) {
         run(ScaleParams{matrix(gradient.ptr(), python().gradient), floats(upstream.ptr(), 1, python().upstream)},
-            stream);
-    });
-    m.def("normaliser", [](py::handle record, py::handle normaliser, uintptr_t stream) {
-        const int64_t n = tokens_of(record.ptr());
-        run(NormaliserParams{n, targets(field(record.ptr(), python().targets), n),
-                             column_of(record.ptr(), n, python().weights),
-                             floats(normaliser.ptr(), 1, python().normaliser)},
             stream);
     });
 }

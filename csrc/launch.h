@@ -5,7 +5,8 @@
 
 namespace fused_losses {
 
-// Throw std::runtime_error when the work could not be started. stream: a cudaStream_t; 0 and unused on CPU.
+// Throw std::runtime_error when the work could not be started, and on CPU std::invalid_argument for a target outside
+// [0, V). stream: a cudaStream_t; 0 and unused on CPU.
 void launch(const LossAndGradParams&, uintptr_t stream);
 void launch(const StatsParams&, uintptr_t stream);
 void launch(const ObjectiveParams&, uintptr_t stream);

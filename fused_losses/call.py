@@ -64,14 +64,13 @@ def cross_entropy(
     several = checks.several_targets(logits, target_tokens)
     logits, tokens = checks.logits_and_targets(logits, target_tokens, several)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
-    mean = reduction.reduction == "mean" and reduction.denominator is None
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     weights: Column = 1.0
     shares = None
     if several:
         shares, weights = _shares(logits, target_tokens, reduction.weights, ignore_index)
-        if mean:
-            divisor, mean = shares.sum(dtype=torch.float64).float(), False
+        if divisor is None:
+            divisor = shares.sum(dtype=torch.float64).float()
     elif reduction.weights is not None:
         weights = checks.column("weights", reduction.weights, logits)
     problem = Problem(
@@ -87,7 +86,7 @@ def cross_entropy(
         vocab=logits.shape[-1],
         all_logprobs=how.return_outputs,
     )
-    return _run(logits, target_tokens, problem, {}, reduction, how, mean)
+    return _run(logits, target_tokens, problem, {}, reduction, how)
 
 
 def sequence_policy(
@@ -205,7 +204,6 @@ def _of_objective(
     how: How,
 ) -> Result:
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
-    divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
     problem = Problem(
         targets=Targets(tokens, checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)),
         transform=_transform(transform, logits),
@@ -213,12 +211,11 @@ def _of_objective(
         objective=objective,
         inputs=_inputs(objective, columns, logits),
         terms=_terms(terms, logits),
-        denominator=divisor,
+        denominator=checks.denominator(reduction.denominator, reduction.reduction, logits),
         vocab=logits.shape[-1],
         all_logprobs=how.return_outputs,
     )
-    mean = reduction.reduction == "mean" and reduction.denominator is None
-    return _run(logits, target_tokens, problem, columns, reduction, how, mean)
+    return _run(logits, target_tokens, problem, columns, reduction, how)
 
 
 def _run(
@@ -228,9 +225,7 @@ def _run(
     columns: Columns,
     reduction: Reduction,
     how: How,
-    mean: bool,
 ) -> Result:
-    """mean: what the sum is divided by is still to be found."""
     checks.backend(how.backend)
     reduce = reduction.reduction != "none"
     if how.inplace:
@@ -239,8 +234,6 @@ def _run(
         else:  # forward only, which writes nothing
             how = how._replace(inplace=False)
     source = _source(logits, problem, how)
-    if mean:
-        problem = problem._replace(denominator=source.normaliser(problem))
     loss, table = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)
     if not reduce:
         loss = loss.view(logits.shape[:-1])
@@ -304,18 +297,13 @@ def _transform(transform: Transform, logits: Tensor) -> Transform:
     temperature = checks.column("temperature", transform.temperature, logits)
     softcap = None if transform.softcap is None else checks.number("softcap", transform.softcap)
     scale = checks.number("logit_scale", transform.logit_scale)
-    if scale == 1.0:
-        return _within_range(temperature, softcap)
-    if softcap is not None:
-        softcap = checks.number("softcap / logit_scale", softcap / scale)
-    temperature = temperature / scale
-    if isinstance(temperature, float):
-        temperature = checks.number("temperature / logit_scale", temperature)
-    return _within_range(temperature, softcap)
-
-
-def _within_range(temperature: Column, softcap: float | None) -> Transform:
-    """Kernels multiply a tanh by softcap / temperature and by log2(e)."""
+    if scale != 1.0:
+        if softcap is not None:
+            softcap = checks.number("softcap / logit_scale", softcap / scale)
+        temperature = temperature / scale
+        if isinstance(temperature, float):
+            temperature = checks.number("temperature / logit_scale", temperature)
+    # kernels multiply a tanh by softcap / temperature and by log2(e)
     if softcap is not None and isinstance(temperature, float) and softcap > 1e38 * temperature:
         raise ValueError(f"softcap / temperature must be at most 1e38, got {softcap} / {temperature}")
     return Transform(temperature, softcap)

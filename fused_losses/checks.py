@@ -150,13 +150,12 @@ def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
     if not isinstance(value, Tensor):
         return number(name, value, " or a tensor")
     value = plain(name, value, logits)
-    allowed = _COLUMN_DTYPES + _MASK_DTYPES if name in MASKS else _COLUMN_DTYPES
-    if value.dtype not in allowed:
-        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+    if value.dtype is not torch.float32 or value.requires_grad:
+        if value.dtype not in (_COLUMN_DTYPES + _MASK_DTYPES if name in MASKS else _COLUMN_DTYPES):
+            raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+        value = value.detach().to(torch.float32)
     _same_device(name, value, logits.device)
     shape = logits.shape[:-1]
-    if value.dtype is not torch.float32 or value.requires_grad:
-        value = value.detach().to(torch.float32)
     if value.shape != shape:
         try:
             value = value.expand(shape)
@@ -173,12 +172,12 @@ def clip(low: Column | None, high: Column | None) -> None:
         raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
 
 
-def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) -> Column:
-    """What the sum is divided by: 1 for a plain sum, and for a plain mean, whose normaliser a backend forms."""
+def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) -> Column | None:
+    """What the sum is divided by; None for a plain mean, whose normaliser a backend forms."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if value is None:
-        return 1.0
+        return None if reduction == "mean" else 1.0
     if reduction == "none":
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):

@@ -21,9 +21,6 @@ class Logits(NamedTuple):
     inplace: bool = False
     validate: bool = False
 
-    def normaliser(self, problem: Problem) -> Tensor:
-        return resolve(self.backend, problem.targets.tokens.device).normaliser(problem)
-
     def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         (logits,) = inputs
         backend = self._ready(logits, problem)
@@ -64,12 +61,13 @@ class Logits(NamedTuple):
 
     def _ready(self, logits: Tensor, problem: Problem) -> Backend:
         """The backend, once the values it must not meet have been looked for, where that is free or asked for."""
-        if self.validate or logits.is_cpu:
+        backend = resolve(self.backend, logits.device)
+        if self.validate or (logits.is_cpu and not backend.looks_at_targets):
             checks.targets_in_range(problem.targets.tokens, problem.vocab, problem.targets.ignore_index)
         if self.validate:
             inputs = zip(problem.objective.columns, problem.inputs, strict=True)
             checks.values_in_range({"temperature": problem.transform.temperature, **dict(inputs)})
-        return resolve(self.backend, logits.device)
+        return backend
 
 
 def _walkable(logits: Tensor) -> Tensor:

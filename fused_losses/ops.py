@@ -59,7 +59,7 @@ class Encoded(NamedTuple):
     columns: list[Tensor | None]  # temperature, weights, denominator, the terms' columns, the objective's
     values: list[float]  # what stands in where a column is None
     numbers: list[float]  # softcap or 0, label_smoothing, z_loss
-    flags: list[int]  # ignore_index, vocab, all_logprobs, kl_type, kl_weighted_by_ratio, entropy
+    flags: list[int]  # ignore_index, vocab, all_logprobs, kl_type, kl_weighted_by_ratio, entropy, no denominator
     objective: str
     backend: str
     validate: bool
@@ -67,7 +67,7 @@ class Encoded(NamedTuple):
 
 def encode(problem: Problem, backend: str, validate: bool) -> Encoded:
     targets, transform, weights, objective, inputs, terms, denominator, vocab, all_logprobs = problem
-    columns = (transform.temperature, weights, denominator, *terms[:5], *inputs)
+    columns = (transform.temperature, weights, 1.0 if denominator is None else denominator, *terms[:5], *inputs)
     return Encoded(
         targets.tokens,
         targets.shares,
@@ -81,6 +81,7 @@ def encode(problem: Problem, backend: str, validate: bool) -> Encoded:
             _KL_TYPES.index(terms.kl_type),
             int(terms.kl_weighted_by_ratio),
             int(terms.entropy),
+            int(denominator is None),
         ],
         objective.name,
         backend,
@@ -94,7 +95,7 @@ def decode(encoded: Encoded) -> Problem:
     ]
     temperature, weights, denominator, importance_weights, ref_logprobs, kl_coef, entropy_coef, clamp = columns[:8]
     softcap, label_smoothing, z_loss = encoded.numbers
-    ignore_index, vocab, all_logprobs, kl_type, weighted, entropy = encoded.flags
+    ignore_index, vocab, all_logprobs, kl_type, weighted, entropy, mean = encoded.flags
     return Problem(
         Targets(encoded.target_tokens, ignore_index, encoded.shares),
         Transform(temperature, softcap or None),
@@ -113,7 +114,7 @@ def decode(encoded: Encoded) -> Problem:
             bool(weighted),
             bool(entropy),
         ),
-        denominator,
+        None if mean else denominator,
         vocab,
         bool(all_logprobs),
     )
@@ -128,11 +129,6 @@ _operators = torch.ops.fused_losses
 def _opened(arguments: Sequence[Any]) -> tuple[Problem, BackendName, bool]:
     encoded = Encoded(*arguments)
     return decode(encoded), encoded.backend, encoded.validate  # type: ignore[return-value]
-
-
-def _normaliser(*arguments: Any) -> Tensor:
-    problem, backend, _ = _opened(arguments)
-    return Logits(backend).normaliser(problem)
 
 
 def _loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,10 +177,6 @@ def _scale(gradient: Tensor, upstream: Tensor, backend: BackendName) -> None:
     Logits(backend).scale((gradient,), upstream)
 
 
-def _fake_normaliser(target_tokens: Tensor, *arguments: Any) -> Tensor:
-    return target_tokens.new_empty((), dtype=torch.float32)
-
-
 def _fake_loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return *_fake_loss_and_grad_inplace(logits, *arguments), logits.new_empty(logits.shape)
 
@@ -215,7 +207,6 @@ def _fake_scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
 
 
 for _schema, _function, _fake in (
-    (f"normaliser({_PROBLEM}) -> Tensor", _normaliser, _fake_normaliser),
     (
         f"loss_and_grad(Tensor logits, {_PROBLEM}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
         _loss_and_grad,
@@ -255,9 +246,6 @@ class Watched(NamedTuple):
     backend: BackendName
     inplace: bool = False
     validate: bool = False
-
-    def normaliser(self, problem: Problem) -> Tensor:
-        return _operators.normaliser(*encode(problem, self.backend, self.validate))
 
     def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         (logits,) = inputs

@@ -121,7 +121,7 @@ class Problem(NamedTuple):
     objective: Objective
     inputs: tuple[Column, ...]  # the objective's columns, in its order
     terms: Terms
-    denominator: Column  # what the sum is divided by; of a mean, what Backend.normaliser gave
+    denominator: Column | None  # what the sum is divided by; None, of a mean: the sum of the active tokens' weights
     vocab: int  # the number of classes
     all_logprobs: bool  # read tokens of weight 0, too, for their logprob
 

@@ -6,6 +6,8 @@ source's tensors and a few numbers per token, backward makes the gradient for wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,9 +30,6 @@ class Forward(NamedTuple):
 class Source(Protocol):
     """Where logits come from. A source holds no tensor: ``inputs`` are those that it makes the logits of, and that get
     a gradient; autograd has to see them on their own."""
-
-    def normaliser(self, problem: Problem) -> Tensor:
-        """What a mean divides by."""
 
     def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """(loss, logprobs, a gradient for each input)"""
@@ -68,6 +67,18 @@ def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in inputs]
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's once_differentiable, whose context costs as much as all else in a backward, only where somebody may
+    differentiate the gradient: autograd has grad mode on there."""
+    refusing = once_differentiable(backward)
+
+    @wraps(backward)
+    def chosen(ctx: Any, *upstream: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *upstream)
+
+    return chosen
+
+
 class OnePass(torch.autograd.Function):
     """apply(source, problem, *inputs) -> (loss, logprobs)"""
 
@@ -83,7 +94,7 @@ class OnePass(torch.autograd.Function):
         return loss, logprobs
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         gradients = ctx.gradients
         if gradients is None:
@@ -115,7 +126,7 @@ class TwoPhase(torch.autograd.Function):
         return seen.loss, seen.logprobs
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, *(None for _ in range(ctx.inputs))
@@ -137,7 +148,7 @@ class LogprobsAndEntropy(torch.autograd.Function):
         return logprobs.clone(), entropy.clone()  # not views of one tensor: either may be modified
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = _kept(ctx)
         own = kept.coefficients.by_logprob()

@@ -195,7 +195,7 @@ def test_a_loss_without_a_plain_formula_is_measured_by_the_librarys(
 def test_bare_kernels_are_all_that_a_call_launches(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left out here would count as the interface's time."""
     backend, launched = bench.contenders.backends.resolve("eager", CPU), []
-    for stage in ("normaliser", "loss_and_grad", "stats", "objective", "grad", "scale"):
+    for stage in ("loss_and_grad", "stats", "objective", "grad", "scale"):
         function = getattr(backend, stage)
         spy = lambda *args, stage=stage, function=function: launched.append(stage) or function(*args)  # noqa: E731
         monkeypatch.setattr(backend, stage, spy)

@@ -127,7 +127,8 @@ def masked_tokens_counted(normaliser: Function) -> Function:
 def denominator_of_the_loss_alone(objective: Function) -> Function:
     def wrong(stats: Stats, problem: Problem, reduce: bool):
         loss, logprobs, coefficients = objective(stats, problem, reduce)
-        return loss, logprobs, Coefficients(coefficients.table * problem.denominator)
+        divisor = BACKEND.normaliser(problem) if problem.denominator is None else problem.denominator
+        return loss, logprobs, Coefficients(coefficients.table * divisor)
 
     return wrong
 

@@ -5,6 +5,9 @@
 
 #include <string.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "plain_row.h"
 #include "terms_row.h"
 
@@ -66,6 +69,18 @@ void reduce(const float* row_losses, int64_t n, float denominator, float* loss) 
 void nothing_seen(const LogprobsTable& logprobs, bool plain, int64_t row) {
     for (int64_t k = 0; k < logprobs.num; ++k) logprobs.target(row, k) = 0.f;
     if (!plain) logprobs.entropy(row) = 0.f;
+}
+
+// Before a kernel writes anything: on a host tensor that costs nothing, and NaN would tell less. As
+// fused_losses/checks.py says it.
+void refuse_targets_outside(const Targets& targets, int64_t n, int64_t vocab) {
+    for (int64_t i = 0; i < n * targets.num; ++i) {
+        const int64_t target = targets.at(i);
+        if ((0 <= target && target < vocab) || target == targets.ignore_index) continue;
+        throw std::invalid_argument("target_tokens must be in [0, " + std::to_string(vocab) + ") or ignore_index " +
+                                    std::to_string(targets.ignore_index) + ", got " + std::to_string(target) +
+                                    " at token " + std::to_string(i / targets.num) + " of " + std::to_string(n));
+    }
 }
 
 // ---- A row of each stage, plain or with terms ----------------------------------------------------------------------
@@ -146,6 +161,7 @@ void grad_row(const GradParams& p, int64_t row) {
 }  // namespace cpu
 
 void launch(const LossAndGradParams& p, uintptr_t) {
+    cpu::refuse_targets_outside(p.problem.targets, p.logits.n, p.problem.vocab);
     cpu::for_type(p.logits.dtype, [&](auto type) {
         using T = decltype(type);
         if (p.grad.data != p.logits.data) cpu::expect_huge_pages<T>(p.grad);
@@ -158,6 +174,7 @@ void launch(const LossAndGradParams& p, uintptr_t) {
 }
 
 void launch(const StatsParams& p, uintptr_t) {
+    cpu::refuse_targets_outside(p.problem.targets, p.logits.n, p.problem.vocab);
     cpu::for_type(p.logits.dtype, [&](auto type) {
         using T = decltype(type);
         cpu::for_each_row(p.logits.n, p.logits.vocab, [&](int64_t row) {

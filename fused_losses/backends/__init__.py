@@ -21,14 +21,13 @@ NAMES = ("cuda", "triton", "cpu", "eager")
 
 
 class Backend(Protocol):
+    looks_at_targets: bool  # raises ValueError for a target outside [0, V), so that nobody has to look before
+
     def unusable(self, device: torch.device) -> str | None:
         """Why it can't run there and what would fix it, or None."""
 
     def runs(self, objective: Objective) -> bool:
         """Whether it has the objective, which need not be one of ours."""
-
-    def normaliser(self, problem: Problem) -> Tensor:
-        """0-d: what a mean divides by, the sum of the active tokens' weights."""
 
     def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """One pass: write dloss/dlogits into ``gradient``, which may be ``logits``. Returns the 0-d loss and the

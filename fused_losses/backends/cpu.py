@@ -12,6 +12,7 @@ from .native import Native
 
 class Cpu(Native):
     device_type = "cpu"
+    looks_at_targets = True
 
     def launch(self, function: Callable[..., None], device: torch.device, *args: Any) -> None:
         function(*args, 0)

@@ -12,6 +12,7 @@ from .native import Native
 
 class Cuda(Native):
     device_type = "cuda"
+    looks_at_targets = False  # that would wait for the device
 
     def unusable(self, device: torch.device) -> str | None:
         cause = super().unusable(device)

@@ -32,6 +32,8 @@ class Softmax(NamedTuple):
 
 
 class Eager:
+    looks_at_targets = False
+
     def unusable(self, device: torch.device) -> str | None:
         return None
 
@@ -39,6 +41,7 @@ class Eager:
         return True
 
     def normaliser(self, problem: Problem) -> Tensor:
+        """0-d: what a mean divides by."""
         active = _active(problem)
         weights = constant(problem.weights, problem.targets.tokens.new_empty(0, dtype=torch.float32))
         return weights.expand_as(active).where(active, 0.0).double().sum().float()
@@ -85,7 +88,8 @@ class Eager:
         given = tokens != problem.targets.ignore_index
         logp = softmax.logprobs.where(given & read, 0.0)
         inputs = [constant(c, like) for c in problem.inputs]
-        weights, denominator = constant(problem.weights, like), constant(problem.denominator, like)
+        weights = constant(problem.weights, like)
+        denominator = self.normaliser(problem) if problem.denominator is None else constant(problem.denominator, like)
         if problem.plain:
             logprobs = logp[0]
             losses, g = objective.formula(logprobs, *inputs)

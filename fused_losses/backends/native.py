@@ -59,6 +59,7 @@ class Native(ABC):
     """A backend over one C++ module."""
 
     device_type: str
+    looks_at_targets: bool
 
     def __init__(self, name: str, fix: str):
         self.module: Any
@@ -75,12 +76,6 @@ class Native(ABC):
     @abstractmethod
     def launch(self, function: Callable[..., None], device: torch.device, *args: Any) -> None:
         """Run ``function`` on ``device``, on torch's current stream there."""
-
-    def normaliser(self, problem: Problem) -> Tensor:
-        device = problem.targets.tokens.device
-        out = torch.empty((), dtype=torch.float32, device=device)
-        self.launch(self.module.normaliser, device, problem, out)
-        return out
 
     # Sizes one by one and new_empty: torch takes half a microsecond longer to read a tuple, or a dtype.
 

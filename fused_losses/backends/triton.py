@@ -46,6 +46,8 @@ _L2_SHARE = 0.6  # of L2 for rows in flight between their two sweeps; the rest h
 
 
 class Triton:
+    looks_at_targets = False  # that would wait for the device
+
     def unusable(self, device: torch.device) -> str | None:
         if device.type not in ("cuda", "cpu"):
             return "it takes CUDA tensors"
@@ -59,6 +61,7 @@ class Triton:
         return objective.triton is not None or OBJECTIVES.get(objective.name) is objective
 
     def normaliser(self, problem: Problem) -> Tensor:
+        """0-d: what a mean divides by."""
         tokens = problem.targets.tokens
         out = empty((), tokens.device)
         packed = _packed(_Values(problem.targets, weights=problem.weights))
@@ -75,16 +78,20 @@ class Triton:
             )
         return out
 
+    def _denominator(self, problem: Problem) -> Column:
+        return self.normaliser(problem) if problem.denominator is None else problem.denominator
+
     def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
         function = _function(problem.objective)
         n, vocab = problem.n, logits.shape[-1]
         num_targets, plain = problem.targets.num, problem.plain
         logprobs = empty(logprobs_shape(n, num_targets, plain), logits.device)
         row_losses = empty((n,), logits.device)
+        denominator = self._denominator(problem)
         with _on(logits.device):
             if n > 0:
                 layout = _layout(logits, gradient)
-                packed = _packed(_values(problem))
+                packed = _packed(_values(problem, denominator))
                 kind = _kind(problem)
                 walk = _walk(vocab, logits.dtype.itemsize, logits.device, kind)
                 _kernels().loss_and_grad[(min(n, walk.programs),)](
@@ -111,7 +118,7 @@ class Triton:
                     ),
                     **_options(walk.warps, maxnreg=walk.registers),
                 )
-            loss = _reduce(row_losses, problem.denominator)
+            loss = _reduce(row_losses, denominator)
         return loss, logprobs
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
@@ -147,9 +154,10 @@ class Triton:
         logprobs = empty(logprobs_shape(n, num_targets, plain), device)
         row_losses = empty((n,), device)
         coefficients = empty(coefficients_shape(n, plain), device)
+        denominator = self._denominator(problem)
         with _on(device):
             if n > 0:
-                packed = _packed(_values(problem))
+                packed = _packed(_values(problem, denominator))
                 _kernels().objective[(-(-n // _TOKENS),)](
                     stats.table,
                     logprobs,
@@ -166,7 +174,7 @@ class Triton:
                     _TOKENS,
                     **_options(4),
                 )
-            loss = _reduce(row_losses, problem.denominator) if reduce else row_losses
+            loss = _reduce(row_losses, denominator) if reduce else row_losses
         return loss, logprobs, Coefficients(coefficients)
 
     def grad(
@@ -434,12 +442,12 @@ class _Values(NamedTuple):
     terms: Terms | None = None  # None for a plain row
 
 
-def _values(problem: Problem) -> _Values:
+def _values(problem: Problem, denominator: Column) -> _Values:
     return _Values(
         targets=problem.targets,
         transform=problem.transform,
         weights=problem.weights,
-        denominator=problem.denominator,
+        denominator=denominator,
         inputs=problem.inputs,
         terms=None if problem.plain else problem.terms,
     )

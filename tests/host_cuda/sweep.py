@@ -96,10 +96,21 @@ def nan(*shape):
 # ---- the stages, each with its outputs -------------------------------------------------------------------------------
 
 
+def divided_by(asked, loss):
+    """A mean's normaliser waits where the loss will be: csrc/bindings.h."""
+    if not asked.denominator.data:
+        return asked
+    loss[0] = ctypes.c_float.from_address(asked.denominator.data).value
+    asked = structs.Problem.from_buffer_copy(asked)
+    asked.denominator.data = pointer(loss)
+    return asked
+
+
 def one_pass(module, logits, grad, asked):
     """(loss, row_losses, logprobs)"""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
+    asked = divided_by(asked, loss)
     module.loss_and_grad(
         logits=logits, grad=grad, problem=asked, logprobs=structs.LogprobsTable(pointer(logprobs), n, k),
         row_losses=pointer(row_losses), loss=pointer(loss),
@@ -118,6 +129,7 @@ def objective(module, table, asked, reduce=True):
     """(loss, row_losses, logprobs, coefficients)"""
     n, k = table.shape[1], asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
+    asked = divided_by(asked, loss) if reduce else asked
     coefficients = nan(1 if asked.plain else 4, n)
     module.objective(
         n=n, problem=asked, stats=structs.StatsTable(pointer(table), n, k),
