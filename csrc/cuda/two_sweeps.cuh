@@ -17,14 +17,16 @@
 
 namespace fused_losses {
 
-constexpr int kMinThreads = 32;  // not less: each edge element of a row needs a thread of its own
 constexpr int kMaxThreads = 1024;
 
 // Vectors that a thread loads, and holds, at a time: 64 bytes in flight per thread and 64 KB per multiprocessor, where
 // 4.8 TB/s need about 25. Twice as many spill.
 constexpr int kUnroll = 4;
 
-// Row = head elements | vectors | tail elements. Head and tail are the edges: thread i has edge element i.
+// Row = head elements | vectors | tail elements. Head and tail are the edges: thread i has edge element i. A block has
+// a warp at least, which is enough where shrink() has added a vector at either end.
+static_assert(2 * 7 + 2 * 8 <= kWarp, "edges without a thread");
+
 template <class T>
 struct Span {
     int head;
