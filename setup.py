@@ -125,16 +125,28 @@ def cpu_units() -> list[tuple[str, list[str]]]:
     ]
 
 
-def cuda_units() -> list[tuple[str, list[str]]]:
-    define = f'-DFL_CUDA_ARCHITECTURES="{";".join(CUDA_ARCHITECTURES)}"'
+def cuda_units(nvcc: Path) -> list[tuple[str, list[str]]]:
+    architectures = known_architectures(nvcc)
+    define = f'-DFL_CUDA_ARCHITECTURES="{";".join(architectures)}"'
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    flags.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
-    return [*((source, [define, *architecture_flags()]) for source in sources), ("csrc/bindings_cuda.cpp", [define])]
+    return [*((source, [define, *flags]) for source in sources), ("csrc/bindings_cuda.cpp", [define])]
 
 
-def architecture_flags() -> list[str]:
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-    newest = CUDA_ARCHITECTURES[-1]
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+def known_architectures(nvcc: Path) -> list[str]:
+    """An older nvcc stops at an architecture that it does not know. What is left out gets PTX, as what comes after."""
+    done = subprocess.run([str(nvcc), "--list-gpu-code"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    codes = done.stdout.split()
+    known = [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in codes]
+    if done.returncode != 0 or not known:
+        raise SystemExit(
+            f"fused_losses: {nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}, or does not run: "
+            f"update it, or hide it from CUDA_HOME and PATH\n{done.stdout}"
+        )
+    if left_out := [a for a in CUDA_ARCHITECTURES if a not in known]:
+        notice(f"{nvcc} does not know sm_{', sm_'.join(left_out)}: such a GPU compiles the kernels at their first use")
+    return known
 
 
 def extensions() -> list[Native]:
@@ -146,7 +158,7 @@ def extensions() -> list[Native]:
     if nvcc is None:
         notice("no nvcc found (CUDA_HOME, PATH, the nvidia-cuda-nvcc package): installing without the cuda backend")
     else:
-        modules.append(Native("fused_losses._cuda", cuda_units(), compiler, nvcc))
+        modules.append(Native("fused_losses._cuda", cuda_units(nvcc), compiler, nvcc))
     return modules
 
 

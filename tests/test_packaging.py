@@ -21,6 +21,7 @@ NOT_TRACKED = shutil.ignore_patterns(
     *(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "__pycache__", "output", ".hypothesis", ".*_cache")
 )
 COMPILER = """#!/bin/sh
+if [ "$1" = --list-gpu-code ]; then echo "{knows}"; exit; fi
 echo "$0 $*" >> {log}
 while [ "$1" != -o ]; do shift; done
 echo object > "$2"
@@ -58,14 +59,14 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Compilers:
-    """Stand-ins for a launcher such as ccache, for a C++ compiler and for nvcc."""
+    """Stand-ins for a launcher such as ccache, for a C++ compiler and for nvcc, which knows some architectures."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, knows: str = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"):
         self.log = folder / "log"
         (folder / "bin").mkdir()
         for name in ("launcher", "nvcc"):
             path = folder / "bin" / name
-            path.write_text(COMPILER.format(log=self.log))
+            path.write_text(COMPILER.format(log=self.log, knows=knows))
             path.chmod(0o755)
         self.cxx = f"{folder}/bin/launcher g++ -m64"
         self.nvcc = folder / "bin" / "nvcc"
@@ -129,6 +130,24 @@ def test_every_source_is_compiled_by_the_whole_command(sdist: Path, wheel: Path,
         assert command.startswith(f"{compilers.cxx} " if source.endswith(".cpp") else f"{compilers.nvcc} ")
     (link,) = (c for c in compilers.commands() if "_cpu" in c and " -shared " in c)
     assert link.startswith(f"{compilers.cxx} ")
+
+
+def test_an_older_nvcc_compiles_for_what_it_knows(sdist: Path, tmp_path: Path) -> None:
+    """And as PTX for what comes after: it would refuse all for one that it does not know."""
+    compilers = Compilers(tmp_path, knows="sm_75 sm_80 sm_90")
+    done = build("build_wheel", sdist, tmp_path, **compilers.environment)
+    assert done.returncode == 0, done.stderr
+    assert "does not know sm_100" in done.stderr
+    for command in compilers.commands():
+        if ".cu -o " in command:
+            codes = re.findall(r",code=(\w+)", command)
+            assert codes == ["sm_80", "sm_90a", "compute_90a"] and '="80;90a"' in command
+
+
+def test_an_nvcc_that_knows_none_is_refused(sdist: Path, tmp_path: Path) -> None:
+    done = build("build_wheel", sdist, tmp_path, **Compilers(tmp_path, knows="sm_52 sm_70").environment)
+    assert done.returncode != 0 and "compiles for none of sm_80, sm_90a, sm_100" in done.stderr
+    assert f"{tmp_path}/bin/nvcc" in done.stderr
 
 
 def test_a_compiler_that_is_not_there_is_named(sdist: Path, tmp_path: Path) -> None:
