@@ -1,6 +1,8 @@
 """``python -m fused_losses``: what runs here, what does not and why, and whether the numbers are right.
 
 Exit code 1 if a backend that should work does not: its extension is there but does not load, or its numbers are wrong.
+``--gpu`` goes on to what the losses cost on each GPU beside a copy of the logits, which is what they promise; exit code
+1 as well if there is no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 
 import fused_losses
 
-from . import backends, reference
+from . import backends, reference, speed
 from .backends.native import BROKEN, NOT_BUILT
 from .checks import LOGITS_DTYPES
 from .objectives import OBJECTIVES
@@ -169,13 +171,36 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_losses", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--gpu", action="store_true", help="and time the losses beside a copy, about a minute a GPU")
     arguments = parser.parse_args()
     result = report()
+    gpus = [device for device in devices() if device.type == "cuda"] if arguments.gpu else []
     if arguments.json:
+        if arguments.gpu:
+            result["speed"] = {str(gpu): [timed(row) for row in speed.rows(gpu)] for gpu in gpus}
         print(json.dumps(result, indent=2))
     else:
         show(result)
-    return 0 if result["ok"] else 1
+        for gpu in gpus:
+            show_speed(gpu)
+        if arguments.gpu and not gpus:
+            print("no GPU to time: torch sees none")
+    return 0 if result["ok"] and (gpus or not arguments.gpu) else 1
+
+
+def timed(row: speed.Row) -> dict[str, Any]:
+    own, inplace, forward = row.ratios
+    ratios = {"own": own, "inplace": inplace, "forward": forward}
+    return {**row._asdict(), "promise": row.promise._asdict(), "ratios": ratios, "kept": row.kept}
+
+
+def show_speed(gpu: torch.device) -> None:
+    print(
+        f"\n{gpu}: {describe(gpu)}; bfloat16, backend {backends.choose(gpu)}. Forward and backward in copies of the "
+        f"logits, forward only in reads:\n{speed.HEAD}"
+    )
+    for row in speed.rows(gpu):
+        print(speed.line(row), flush=True)
 
 
 if __name__ == "__main__":
