@@ -1,6 +1,6 @@
 # make demo    train a small language model with every loss, beside its eager reference (about 3 minutes on 2 cores)
 # make test    the test suite
-# make bench   measure every loss on every backend, and put the tables into README.md
+# make bench   measure every loss on every backend, and put the tables into README.md; on a GPU its tests come before
 # make lint    formatters, linters and the type checker
 #
 # Each creates .venv, installs the pinned versions and builds the extensions first, where that has not happened yet.
@@ -19,8 +19,7 @@ test: $(VENV)/oracles
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 bench: install
-	$(RUN) bench/run.py --touch 8
-	$(RUN) bench/report.py
+	$(RUN) bench/session.py
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import sys
 import tempfile
 import time
@@ -54,6 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", type=names, help="of inplace, separate, reused, forward, two_phase")
     parser.add_argument("--dtype", type=names, help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--repeats", type=int, help="default: 11 on CPU, 30 on CUDA")
+    parser.add_argument("--seconds", type=float, help="begin with no further measurement after so long")
     parser.add_argument("--threads", type=int, help="of torch, on CPU")
     parser.add_argument(
         "--touch", type=float, default=0.0, metavar="GB", help="write so much memory first: for a young virtual machine"
@@ -79,6 +81,7 @@ def keep(available: tuple[str, ...], wanted: tuple[str, ...] | None) -> tuple[st
 def records(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     names = usable_backends(device, options.backends)
     repeats = options.repeats or (3 if options.quick else 30 if device.type == "cuda" else 11)
+    deadline = time.perf_counter() + (options.seconds or math.inf)
     for case in selected(options, device):
         if case is OVERHEAD_CASE:
             if not options.losses or "ppo" in options.losses:
@@ -89,6 +92,9 @@ def records(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
         chosen = names if case.fallback or options.backends or not better else better
         for dtype in keep(case.dtypes, options.dtype):
             for loss in keep(case.losses, options.losses):
+                if time.perf_counter() > deadline:
+                    print(f"left out for time: {case.name} {dtype} {loss}", file=sys.stderr)
+                    continue
                 problem = make_problem(case, loss, dtype, device)
                 for group, modes in GROUPS.items():
                     modes = keep(keep(modes, case.modes), options.modes)
