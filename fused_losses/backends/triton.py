@@ -42,7 +42,7 @@ _TOKENS = 1024  # per program of objective
 _SUM_BLOCK = 8192
 _SMALLEST_TILE = 16
 _MAX_GRID = 2**30  # programs loop over what exceeds it; axis 0 takes 2^31 - 1
-_L2_SHARE = 0.6  # of L2 for rows in flight between their two sweeps; the rest holds the stores
+_L2_SHARE = 0.5  # of L2 for rows in flight between their two sweeps; the rest holds the stores
 
 
 class Triton:

@@ -170,7 +170,7 @@ def test_unaligned_and_strided_columns() -> None:
     for column in (wide[0, 1:], wide[1, :12:3], wide[2, :1].expand(5), wide[0, 0], wide[:, 0]):
         n = column.numel()
         given = problem(targets[1 : n + 1], 2, "importance_sampling", (column, 2.0), weights=column, temperature=column)
-        packed = backend._packed(backend._values(given))
+        packed = backend._packed(backend._values(given, 1.0))
         token = packed.token
         assert token.targets.data_ptr() % 16 == 0
         for value in (token.weights, token.temperature, token.inputs[0]):
