@@ -45,7 +45,8 @@ std::string unusable(int index) {
     }
     if (cudaRuntimeGetVersion(&runtime) == cudaSuccess && driver / 1000 < runtime / 1000)
         return "the NVIDIA driver supports CUDA " + version(driver) + " and these kernels were built with CUDA " +
-               version(runtime) + "; update the driver, or rebuild with an older CUDA compiler";
+               version(runtime) + "; update the driver, or reinstall with CUDA_HOME naming a CUDA " +
+               std::to_string(driver / 1000) + " with nvcc";
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess && error != cudaErrorNoDevice)
         return "the CUDA devices can't be listed (" + why(error) + ")";
