@@ -31,7 +31,7 @@ class Gpu:
     copy: float  # bytes per ns, read and written
     read: float  # bytes per ns
     l2_bytes: int
-    l2: float  # bytes per ns
+    l2: float  # bytes per ns, to the multiprocessors
     shared_bytes: int  # that a block may have
     shared_bytes_of_multiprocessor: int
 
@@ -284,8 +284,7 @@ class Fluid:
         part = np.maximum(np.where(copies, np.minimum(part, room), part), 0)
 
         self.done += part
-        self.written = np.where(self.writes, part, 0)
-        self.stores += self.written
+        self.stores += np.where(self.writes, part, 0)
         self.missed_of_run += self.of_run(np.where(again, (1 - block.found) * part, 0))
 
     def issued(self) -> Floats:
@@ -329,8 +328,7 @@ class Fluid:
         self.stores *= 1 - part_of_run[self.run]
         self.missed_of_run *= 1 - part_of_run
         self.queue_of_run = demand_of_run * (1 - part_of_run) / self.rate_of_run
-        passed_of_run = self.of_run(given + self.written) / STEP
-        self.spare_of_run = np.maximum(self.l2_of_run - passed_of_run, 0.2 * self.l2_of_run)
+        self.spare_of_run = np.maximum(self.l2_of_run - self.of_run(given) / STEP, 0.2 * self.l2_of_run)
 
     def shared(self, wanted: Floats, left_of_run: Floats) -> Floats:
         """All that want get the same, but for favours; what one does not need goes to the others."""

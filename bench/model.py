@@ -12,7 +12,7 @@ Two figures, as nobody knows beforehand which is right. In step: all blocks want
 idle at the same time. Apart: they start within a microsecond, and memory serves some rows a little faster than others.
 Published times of kernels with one block per multiprocessor are nearer to the first, with several to the second.
 
-How wrong it may be: published times are met within 7 %, in the state that is nearer. Figures near 1 are good to 0.03
+How wrong it may be: published times are met within 8 %, in the state that is nearer. Figures near 1 are good to 0.03
 where a multiprocessor keeps 64 KB of loads in flight, else 0.1 to 0.2 too low; those of rows that are read again from
 L2 are good to 0.1. Not in it: what DRAM loses between reads and writes beyond what a copy loses, TLBs, bank conflicts,
 the two halves of L2, clocks that fall under load, the host. A prefetch counts as the next bytes of a row, whichever
@@ -44,8 +44,8 @@ DTYPES = {2: "bfloat16", 4: "float"}  # by bytes of an element
 
 # Multiprocessors, clocks, L2: NVIDIA's data sheets; shared memory: compute capabilities in its programming guide.
 # copy, read: about 90 % of the data sheets' 3350, 4800, 2039 and 8000 GB/s, which quack measured on an H100 (3.01 TB/s,
-# sysml.cs.princeton.edu/blogs/memory-bound-kernels.html); of the others no measurement is at hand. l2: assumed, for
-# reads and writes together.
+# sysml.cs.princeton.edu/blogs/memory-bound-kernels.html); of the others no measurement is at hand. l2: assumed; what
+# chipsandcheese.com measured on an H100 PCIe is about as much.
 H100 = Gpu("H100", "sm_90a", 132, 1.755, 3000, 3150, 50_000_000, 5500, 227 * KB, 228 * KB)
 H200 = Gpu("H200", "sm_90a", 132, 1.755, 4300, 4500, 60_000_000, 5500, 227 * KB, 228 * KB)
 A100 = Gpu("A100", "sm_80", 108, 1.41, 1750, 1800, 40_000_000, 3500, 163 * KB, 164 * KB)

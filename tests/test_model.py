@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ERROR = 0.07  # of published times, as model.py says
+ERROR = 0.08  # of published times, as model.py says
 
 pytestmark = pytest.mark.xdist_group("model")
 
@@ -97,7 +97,8 @@ def test_published_times_are_met(bench: SimpleNamespace) -> None:
     for p in bench.model.PUBLISHED:
         states = (bench.fluid.IN_STEP, bench.fluid.APART)
         runs = [bench.fluid.Run(p.gpu, p.kernel, p.vocab, p.n // 8, p.element, assume=a) for a in states]
-        off = min(abs(8 * (time - runs[0].assume.launch) / 1e6 / p.ms - 1) for time in bench.fluid.times(runs))
+        launch = runs[0].assume.launch
+        off = min(abs((8 * (time - launch) + launch) / 1e6 / p.ms - 1) for time in bench.fluid.times(runs))
         assert off < ERROR, p.what
 
 
