@@ -35,35 +35,39 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def times(bench: SimpleNamespace, kernels: list[Any], vocab: int, gpu: Any = None, **of_run: Any) -> list[float]:
     gpu = gpu or bench.model.H200
-    return bench.fluid.times([bench.fluid.Run(gpu, kernel, vocab, 1024, **of_run) for kernel in kernels])
+    return bench.fluid.times([bench.fluid.Run(gpu, kernel, vocab, 512, **of_run) for kernel in kernels])
 
 
 @pytest.mark.parametrize("state", ["IN_STEP", "APART"])
 @pytest.mark.parametrize("gpu", ["H100", "B200"])
 def test_a_copy_takes_what_a_copy_takes(bench: SimpleNamespace, gpu: str, state: str) -> None:
     gpu, assume = bench.model.GPUS[gpu], getattr(bench.fluid, state)
-    run = bench.fluid.Run(gpu, bench.model.copy(gpu), 128256, 2048, assume=assume)
+    run = bench.fluid.Run(gpu, bench.model.copy(gpu), 128256, 1024, assume=assume)
     (time,) = bench.fluid.times([run])
-    assert time / (run.floor + assume.launch) == pytest.approx(1, abs=0.01)
+    assert time / (run.floor + assume.launch) == pytest.approx(1, abs=0.02)
 
 
 def test_nothing_is_faster_than_its_bytes(bench: SimpleNamespace) -> None:
-    for gpu in bench.model.GPUS.values():
-        for kernel in (bench.model.one_pass, bench.model.stats, bench.model.grad):
-            for assume in (bench.fluid.IN_STEP, bench.fluid.APART):
-                run = bench.fluid.Run(gpu, kernel(gpu, 32000, 512), 32000, 512, assume=assume)
-                assert bench.fluid.times([run])[0] >= run.floor + assume.launch
+    kernels = (bench.model.one_pass, bench.model.stats, bench.model.grad)
+    runs = [
+        bench.fluid.Run(gpu, kernel(gpu, 32000, 512), 32000, 512, assume=assume)
+        for gpu in bench.model.GPUS.values()
+        for kernel in kernels
+        for assume in (bench.fluid.IN_STEP, bench.fluid.APART)
+    ]
+    for run, time in zip(runs, bench.fluid.times(runs), strict=True):
+        assert time >= run.floor + run.assume.launch, run
 
 
 @pytest.mark.parametrize("kernel", ["one_pass", "two_sweeps", "stats", "grad"])
 def test_more_instructions_are_never_faster(bench: SimpleNamespace, kernel: str) -> None:
-    plain = getattr(bench.model, kernel)(bench.model.H200, 50257, 1024)
+    plain = getattr(bench.model, kernel)(bench.model.H200, 50257, 512)
 
     def longer(factor: float) -> Any:
         both = (s and s._replace(instructions=factor * s.instructions) for s in (plain.sums, plain.maps))
         return replace(plain, **dict(zip(("sums", "maps"), both, strict=True)))
 
-    found = times(bench, [longer(factor) for factor in (0.5, 1, 2, 4, 8)], 50257)
+    found = times(bench, [longer(factor) for factor in (0.5, 1, 2, 8)], 50257)
     assert all(b >= 0.995 * a for a, b in pairwise(found)) and found[-1] > 1.5 * found[0]
 
 
@@ -79,14 +83,14 @@ def test_less_l2_is_never_faster(bench: SimpleNamespace, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["one_pass", "two_sweeps", "stats"])
 def test_masked_rows_are_faster(bench: SimpleNamespace, kernel: str) -> None:
     gpu = bench.model.H200
-    kernel = getattr(bench.model, kernel)(gpu, 32000, 4096)
-    runs = [bench.fluid.Run(gpu, kernel, 32000, 4096, masked=masked) for masked in (0, 0.25, 0.5, 0.75)]
+    kernel = getattr(bench.model, kernel)(gpu, 32000, 2048)
+    runs = [bench.fluid.Run(gpu, kernel, 32000, 2048, masked=masked) for masked in (0, 0.375, 0.75)]
     found = bench.fluid.times(runs)
     assert all(b < 0.97 * a for a, b in pairwise(found))
 
 
 def test_runs_do_not_know_each_other(bench: SimpleNamespace) -> None:
-    kernels = [bench.model.one_pass(bench.model.H200, 32000, 1024), bench.model.copy(bench.model.H200)]
+    kernels = [bench.model.one_pass(bench.model.H200, 32000, 512), bench.model.copy(bench.model.H200)]
     apart = bench.fluid.APART
     alone = [times(bench, [kernel], 32000, assume=apart)[0] for kernel in kernels]
     assert times(bench, kernels, 32000, assume=apart) == pytest.approx(alone, rel=1e-9)
