@@ -3,6 +3,7 @@
     python bench/model.py                # ratios to a copy (forward only: to a read)
     python bench/model.py --gpu H100     # of one GPU
     python bench/model.py --calibrate    # the model beside published times
+    python bench/model.py --beside DIR   # measurements, of the newest record there, beside what it has for them
     python bench/model.py --write        # these tables, into docs/kernels.md; about a minute
 
 Which kernel runs, with how many threads, blocks and bytes on chip, is chosen as in csrc/cuda/launch.cu. Instructions
@@ -31,8 +32,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cases import GPU_CASES
 from cells import markdown
 from fluid import APART, IN_STEP, KB, WARP, Gpu, Kernel, Run, Sweep, times
+from records import last, read
 from report import spliced
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,7 +181,7 @@ def copy(gpu: Gpu) -> Kernel:
 
 class Mode(NamedTuple):
     name: str
-    kernels: tuple[Callable[[Gpu, int], Kernel], ...]
+    kernels: tuple[Callable[[Gpu, int, int, int], Kernel], ...]
     small: int  # launches beside these
     masked: float = 0.0
 
@@ -192,16 +195,40 @@ MODES = (
 )
 
 
-def ratios(gpu: Gpu, vocab: int) -> list[str]:
+def ratios(gpu: Gpu, vocab: int, modes: Iterable[Mode] = MODES, n: int = N, element: int = 2) -> list[str]:
     """To a copy or, of a mode that writes nothing, a read: in step and apart."""
-    asked = [(mode, assume) for mode in MODES for assume in (IN_STEP, APART)]
-    runs = [[Run(gpu, k(gpu, vocab), vocab, N, masked=m.masked, assume=a) for k in m.kernels] for m, a in asked]
+    asked = [(mode, assume) for mode in modes for assume in (IN_STEP, APART)]
+    runs = [
+        [Run(gpu, k(gpu, vocab, n, element), vocab, n, element, masked=m.masked, assume=a) for k in m.kernels]
+        for m, a in asked
+    ]
     left = iter(times([run for of_mode in runs for run in of_mode]))
     out: list[str] = []
     for (mode, assume), of_mode in zip(asked, runs, strict=True):
         time = sum(next(left) for _ in of_mode) + mode.small * assume.small_launch
         out.append(f"{time / (of_mode[-1].floor + assume.launch):.2f}")
     return [f"{a} / {b}" for a, b in zip(out[::2], out[1::2], strict=True)]
+
+
+# A mode of bench/cases.py by the name that it has here.
+MEASURED = {"separate": "one pass", "inplace": "one pass", "two_phase": "two phase", "forward": "forward only"}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def beside(records: Iterable[dict[str, Any]]) -> str | None:
+    """What was measured of the CUDA kernels beside what is predicted; None where the records have no GPU known here."""
+    rows = []
+    cases, modes = {case.name: case for case in GPU_CASES}, {mode.name: mode for mode in MODES}
+    for r in last(records):
+        gpu = next((gpu for name, gpu in GPUS.items() if name in r["device"]), None)
+        ratio = r.get("ratio_to_read" if r["mode"] == "forward" else "ratio_to_copy")
+        ours = (r["contender"], r["backend"]) == ("fused", "cuda") and r["mode"] in MEASURED and r["case"] in cases
+        if gpu is None or not ours or ratio is None:
+            continue
+        mode = modes[MEASURED[r["mode"]]]._replace(masked=cases[r["case"]].masked)
+        (predicted,) = ratios(gpu, r["vocab"], [mode], r["n"], BYTES[r["dtype"]])
+        rows.append([f"{r['case']} {r['dtype']}, {r['loss']}", r["mode"], f"{ratio:.2f}", predicted])
+    return markdown(["", "mode", "measured", "predicted, in step / apart"], rows) if rows else None
 
 
 def shape_of(kernel: Kernel, row: int) -> str:
@@ -301,12 +328,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=GPUS, help="default: all")
     parser.add_argument("--calibrate", action="store_true", help="beside published times")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="beside what its newest record has of this GPU")
     parser.add_argument("--write", action="store_true", help=f"all tables into {PAGE.name}")
     options = parser.parse_args(argv)
     gpus = [GPUS[options.gpu]] if options.gpu else list(GPUS.values())
     if options.write:
         texts = {"model": predictions(gpus), "model-budgets": budgets(gpus), "model-calibration": calibration()}
         PAGE.write_text(spliced(PAGE.read_text(), texts)[0])
+    elif options.beside:
+        newest = max(options.beside.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+        table = beside(read(newest)) if newest else None
+        print(table or "no measurement of a GPU that this model knows")
     elif options.calibrate:
         print(calibration())
     else:

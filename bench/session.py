@@ -59,7 +59,7 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
     small = ("-k", "cuda and ppo") if quick else ("-k", "cuda and not more_than_2_31_elements")
     measured = ("bench/run.py", "--out", str(out), *(("--quick",) if quick else ()))
     if gpu:
-        measured = (*measured, "--losses", GPU_LOSSES, "--repeats", "15", "--seconds", "170")
+        measured = (*measured, "--losses", GPU_LOSSES, "--repeats", "15", "--seconds", "150")
     else:
         measured = (*measured, "--touch", "0" if quick else "8")
     report = ("bench/report.py", "--results", str(out)) if quick else ("bench/report.py",)
@@ -76,8 +76,9 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
             )
             for tool in SANITIZERS
         ),
-        Step("measurements", python(*measured), 210 if gpu else 1800),
-        Step("tables and plots", python(*report, *elsewhere), 30),
+        Step("measurements", python(*measured), 180 if gpu else 1800),
+        Step("predictions", python("bench/model.py", "--beside", str(out)), 60, no_gpu),
+        Step("tables and plots", python(*report, *elsewhere), 20),
     ]
 
 

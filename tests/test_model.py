@@ -137,3 +137,27 @@ def test_the_page_says_what_the_model_says(
     written = next(text for text in page if text.startswith("| H100 | 32000 |"))
     ratios = [[float(x) for x in re.findall(r"\d+\.\d\d", text)] for text in (line, written)]
     assert len(ratios[0]) == 10 and ratios[1] == pytest.approx(ratios[0], abs=0.02)
+
+
+def test_what_was_measured_stands_beside_what_is_predicted(bench: SimpleNamespace) -> None:
+    """Of our own kernels, on a GPU that the model knows, in the modes that it has."""
+    fields = {
+        "contender": "fused", "backend": "cuda", "device": "NVIDIA H200", "case": "2: 8192x32000", "loss": "ppo",
+        "group": "fwd+bwd", "dtype": "bf16", "n": 512, "vocab": 32000, "ratio_to_copy": 1.07, "ratio_to_read": None,
+    }  # fmt: skip
+    records = [
+        {**fields, "mode": "separate"},
+        {**fields, "mode": "inplace", "ratio_to_copy": 1.01},
+        {**fields, "mode": "forward", "group": "forward", "ratio_to_read": 1.23},
+        {**fields, "mode": "separate", "contender": "eager", "backend": None},
+        {**fields, "mode": "reused"},
+    ]
+    table = bench.model.beside(records)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["2: 8192x32000 bf16, ppo", "separate", "1.07"],
+        ["2: 8192x32000 bf16, ppo", "inplace", "1.01"],
+        ["2: 8192x32000 bf16, ppo", "forward", "1.23"],
+    ]
+    assert rows[0][3] == rows[1][3] and re.fullmatch(r"\d\.\d\d / \d\.\d\d", rows[2][3])
+    assert bench.model.beside([{**r, "device": "AMD EPYC"} for r in records]) is None

@@ -52,7 +52,7 @@ def test_steps_of_a_gpu_fit_in_ten_minutes(session, monkeypatch):
     monkeypatch.setattr(session.shutil, "which", lambda name: f"/somewhere/{name}")
     steps = {s.name: s for s in session.steps(True, False, session.RESULTS)}
     assert list(steps) == [
-        *("self-test", "tests", "memcheck", "racecheck", "synccheck", "measurements", "tables and plots")
+        *("self-test", "tests", "memcheck", "racecheck", "synccheck", "measurements", "predictions", "tables and plots")
     ]
     assert not any(s.absent for s in steps.values())
     assert sum(s.seconds for s in steps.values()) <= 540  # and a minute to build
@@ -67,7 +67,7 @@ def test_what_is_not_there_is_absent(session, monkeypatch):
     absent = {s.name: s.absent for s in session.steps(True, False, session.RESULTS) if s.absent}
     assert absent.keys() == set(session.SANITIZERS)
     absent = {s.name: s.absent for s in session.steps(False, False, session.RESULTS) if s.absent}
-    assert absent.keys() == {*session.SANITIZERS, "tests"}
+    assert absent.keys() == {*session.SANITIZERS, "tests", "predictions"}
     assert session.run(session.Step("tests", ("no such program",), 1, "no GPU"))["outcome"] == "absent"
 
 
