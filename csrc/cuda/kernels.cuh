@@ -1,6 +1,8 @@
-// The stages over V: a row's business (plain_row.cuh, terms_row.cuh) walked by two_sweeps.cuh, one block per row.
+// The stages over V: a row's business (plain_row.cuh, terms_row.cuh) walked by an engine (two_sweeps.cuh, on_chip.cuh), one
+// block per row.
 #pragma once
 
+#include "on_chip.cuh"
 #include "plain_row.cuh"
 #include "terms_row.cuh"
 
@@ -20,7 +22,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
         const bool reads = problem.reads(i);
         if (reads) {
             row.read_targets(logits, p.logprobs.data);
-            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn);
+            row.see(row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn));
             row.evaluate(problem, problem.denominator.at(0), shared, turn);
         }
         if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, reads);
@@ -28,8 +30,68 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
         if (row.idle())  // as where the row was not read
             zero_row(grad, vocab);
         else
-            row.write_targets(grad, map_row(logits, grad, vocab, row.dense()));
+            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<Distance>()));
         row.finish(p.logprobs, threadIdx.x, blockDim.x, reads);
+    }
+}
+
+struct OnChipParams {
+    LossAndGradParams asked;
+    int chunks;     // per row in shared memory
+    int announced;  // vectors of the next row that are brought to L2 ahead of their copies
+};
+
+template <class Row>
+struct alignas(16) OnChipShared {
+    typename Row::Shared row;
+    float target[2];  // the target's logit, of reductions in turn
+};
+
+// The same, while the row is on chip. A row that the engine can't map, as its gradient has another phase or its maximum
+// is too far for a fold, is swept by the other engine: so that which kernel runs depends on no row and on no layout.
+template <class T, class Row>
+__global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const __grid_constant__ OnChipParams params) {
+    using Sums = typename Row::Sums;
+    OnChipShared<Row>& shared = shared_memory<OnChipShared<Row>>();
+    const OnChip<T> chip(reinterpret_cast<uint4*>(&shared + 1), params.chunks);
+    const LossAndGradParams& p = params.asked;
+    const Problem& problem = p.problem;
+    const int vocab = static_cast<int>(p.logits.vocab);
+    const auto row_to_read = [&](int64_t i) -> const T* {
+        return i < p.logits.n && problem.reads(i) ? row_pointer<T>(p.logits, i) : nullptr;
+    };
+    int turn = 0;
+    const T* logits = row_to_read(blockIdx.x);
+    chip.fetch(logits, vocab);
+    for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
+        const T* const next = row_to_read(i + gridDim.x);
+        T* const grad = row_pointer<T>(p.grad, i);
+        Row row(problem.targets, problem.transform, i, vocab, p.logprobs.data, p.logprobs.n);
+        bool near = true;
+        if (logits) {
+            float& target = shared.target[turn];
+            row.read_several_targets(logits, p.logprobs.data);
+            const Online<Sums> mine = chip.template sum<Sums>(logits, vocab, row.left_out, row.z, target);
+            const Online<Sums> all = row.gather(mine, shared.row, turn);
+            row.take_target(target);
+            row.see(all);
+            chip.announce(next, vocab, params.announced);
+            near = row.near();
+            if (!near) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared.row, turn));
+            row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
+        }
+        if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
+        if (row.idle()) {
+            chip.fetch(next, vocab);
+            zero_row(grad, vocab);
+        } else if (near && skew_of<T>(logits, grad) == 0) {
+            row.write_targets(grad, chip.map(logits, grad, vocab, next, row.template dense<Folded>()));
+        } else {
+            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<FoldedIfNear>()));
+            chip.fetch(next, vocab);
+        }
+        row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
+        logits = next;
     }
 }
 
@@ -46,7 +108,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
             row.read_targets(logits, target_logits);
-            row.see(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn);
+            row.see(row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn));
         }
         row.keep(p.stats, problem.terms, reads);
     }
@@ -65,7 +127,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_con
         if (row.idle())
             zero_row(grad, vocab);
         else
-            row.write_targets(grad, map_row(row_pointer<T>(p.logits, i), grad, vocab, row.dense()));
+            row.write_targets(grad, map_row(row_pointer<T>(p.logits, i), grad, vocab, row.template dense<Distance>()));
     }
 }
 

@@ -10,6 +10,7 @@ class PlainRow {
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;
+    static constexpr int kThreadsOnChip = 768;
 
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
@@ -25,14 +26,21 @@ class PlainRow {
         target_ = target_logit(logits, left_out);
     }
 
+    template <class T>
+    __device__ __forceinline__ void read_several_targets(const T*, float*) const {}
+    // target: its logit, where there is one.
+    __device__ __forceinline__ void take_target(float target) { target_ = left_out >= 0 ? target : NAN; }
+
     // mine: what this thread has summed. By all threads of a block, who get the same.
-    __device__ __forceinline__ void see(const Online<Sum>& mine, Shared& shared, int& turn) {
+    __device__ __forceinline__ Online<Sum> gather(const Online<Sum>& mine, Shared& shared, int& turn) const {
         const Identity by = z;
-        const Online<Sum> all =
-            block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+        return block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+    }
+    __device__ __forceinline__ void see(const Online<Sum>& all) {
         sum_ = all.sums.sum;
         maximum_ = sum_ == 0.f ? target_ : all.max;
     }
+    __device__ __forceinline__ bool near() const { return all_near(z, sum_, maximum_, raw_top()); }
 
     __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms&, bool) const {
         if (threadIdx.x != 0) return;
@@ -77,22 +85,24 @@ class PlainRow {
     // Whether the gradient is 0, for which no logits are read: select, as 0 * NaN is not 0.
     __device__ __forceinline__ bool idle() const { return loss_.by.g == 0.f; }
 
-    // What an element that is no target's gets, of its logit.
+    // What an element that is no target's gets, of its logit. Exponent: Distance or another.
+    template <template <class> class Exponent>
     __device__ __forceinline__ auto dense() const {
-        const float top = fmaxf(maximum_, target_), c = kLog2e * z.scale;
-        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant;
-        return [=](float x) { return factor * exp2_approx((x - top) * c); };
+        const Exponent<Identity> exponent(z, raw_top());
+        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exp2_approx(-exponent.excess());
+        return [=](float x) { return factor * exp2_approx(exponent(x)); };
     }
 
     // No comparison per element: the thread that has just written the target's element writes it again, formed in
     // float32, as 1 - p is lost in bfloat16 when p is near 1.
-    template <class T>
-    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+    template <class T, class Span>
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
         if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
             assign(grad[left_out], z.scale * target_gradient(by(), 1.f, 1.f, target_seen(softmax_), 0.f));
     }
 
   private:
+    __device__ __forceinline__ float raw_top() const { return fmaxf(maximum_, target_); }
     __device__ __forceinline__ Softmax softmax() const {
         return softmax_of(distance_from(maximum_, target_, z), sum_, 0.f);
     }

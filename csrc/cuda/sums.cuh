@@ -1,10 +1,62 @@
 // What is added up over a row. e_j = 2^exponent(level_j - top) over the elements seen so far, top being the level of
-// their maximum. What is subtracted first costs no digits: a large common offset leaves the sums as they are.
+// their maximum.
 #pragma once
 
 #include "transform.cuh"
 
 namespace fused_losses {
+
+// ---- From a level to the exponent of e_j, in two ways ---------------------------------------------------------------
+
+// What is subtracted first costs no digits, wherever the row lies: a large common offset leaves the sums as they are.
+template <class Z>
+class Distance {
+  public:
+    __device__ __forceinline__ Distance(const Z& z, float max) : z_(z), top_(z.level(max)) {}
+    __device__ __forceinline__ float operator()(float level) const { return z_.exponent(level - top_); }
+    __device__ __forceinline__ float excess() const { return 0.f; }
+
+  private:
+    const Z z_;
+    const float top_;
+};
+
+// One fma instead of two instructions, for rows that are near. top is the rounded product of the maximum's level and c:
+// the rounding, at most half an exponent, is in all exponents alike, known exactly, and taken out of what they add up
+// to. From 2^24 on it would be whole exponents, then more than a float's.
+template <class Z>
+class Folded {
+  public:
+    static constexpr float kFar = 16777216.f;
+
+    __device__ __forceinline__ Folded(const Z& z, float max) : c_(z.exponent(1.f)), level_(z.level(max)) {
+        top_ = multiply(level_, c_);
+    }
+    __device__ __forceinline__ float operator()(float level) const { return fmaf(level, c_, -top_); }
+    __device__ __forceinline__ float excess() const { return fmaf(level_, c_, -top_); }
+    __device__ __forceinline__ float top() const { return top_; }
+    __device__ __forceinline__ bool near() const { return fabsf(top_) <= kFar; }  // not of NaN
+
+  private:
+    float c_, level_, top_;
+};
+
+// Whichever is right: for what is not worth two loops.
+template <class Z>
+class FoldedIfNear {
+  public:
+    __device__ __forceinline__ FoldedIfNear(const Z& z, float max) : folded_(z, max), distance_(z, max) {}
+    __device__ __forceinline__ float operator()(float level) const {
+        return folded_.near() ? folded_(level) : distance_(level);
+    }
+    __device__ __forceinline__ float excess() const { return folded_.near() ? folded_.excess() : 0.f; }
+
+  private:
+    const Folded<Z> folded_;
+    const Distance<Z> distance_;
+};
+
+// ---- The sums -------------------------------------------------------------------------------------------------------
 
 struct Sum {
     float sum = 0.f;  // of e_j
@@ -29,7 +81,7 @@ constexpr float kLowestExponent = -1000.f;
 struct Moments {
     float sum = 0.f;
     float moment = 0.f;  // of e_j log2(e_j)
-    float drift = 0.f;   // of level_j - top; -inf if a level is
+    float drift = 0.f;   // of log2(e_j); -inf if a level is
     float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
 
     // A shift from the floor can overflow, when all sums are 0.
@@ -38,14 +90,14 @@ struct Moments {
         const float exponent = z.exponent(shift), e = exp2_approx(exponent);
         moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
         sum *= e;
-        drift += count * fmaxf(shift, kFloor);
+        drift += count * fmaxf(exponent, kFloor);
     }
     template <class Z>
     __device__ __forceinline__ void add(float distance, const Z& z) {
         const float exponent = z.exponent(distance), e = exp2_approx(exponent);
         sum += e;
         moment += e * fmaxf(exponent, kLowestExponent);
-        drift += distance;
+        drift += exponent;
         count += 1.f;
     }
     __device__ __forceinline__ void operator+=(const Moments& other) {

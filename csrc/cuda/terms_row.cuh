@@ -28,6 +28,7 @@ class TermsRow {
   public:
     using Sums = Moments;
     static constexpr int kThreads = Z::kThreads;
+    static constexpr int kThreadsOnChip = 512;
 
     struct Shared {
         Partials<Online<Moments>> elements;
@@ -50,22 +51,32 @@ class TermsRow {
 
     template <class T>
     __device__ __forceinline__ void read_targets(const T* logits, float* table) {
-        if (single()) {
+        if (single())
             target_ = target_logit(logits, left_out);
-            return;
-        }
+        else
+            read_several_targets(logits, table);
+    }
+    template <class T>
+    __device__ __forceinline__ void read_several_targets(const T* logits, float* table) const {
+        if (single()) return;
         for (int k = threadIdx.x; k < num(); k += blockDim.x) table[k * n_ + row_] = target_logit(logits, index(k));
     }
+    __device__ __forceinline__ void take_target(float target) {
+        if (single()) target_ = left_out >= 0 ? target : NAN;
+    }
 
-    __device__ __forceinline__ void see(const Online<Moments>& mine, Shared& shared, int& turn) {
+    __device__ __forceinline__ Online<Moments> gather(const Online<Moments>& mine, Shared& shared, int& turn) const {
         const Z by = z;
-        const Online<Moments> all = block_reduce(shared.elements, turn, mine, Online<Moments>{},
-                                                 [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        return block_reduce(shared.elements, turn, mine, Online<Moments>{},
+                            [&](const Online<Moments>& x) { return warp_sum(x, by); });
+    }
+    __device__ __forceinline__ void see(const Online<Moments>& all) {
         sum_ = all.sums.sum;
         maximum_ = single() && sum_ == 0.f ? target_ : all.max;
         moment_ = all.sums.moment * kLn2;
-        drift_ = all.sums.drift * z.scale + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
+        drift_ = all.sums.drift * kLn2 + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
     }
+    __device__ __forceinline__ bool near() const { return all_near(z, sum_, maximum_, raw_top()); }
 
     // reads: whether the row was read.
     __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms& terms, bool reads) const {
@@ -133,21 +144,23 @@ class TermsRow {
     __device__ __forceinline__ bool idle() const { return loss_.by.none(); }
 
     // e_j (constant + slope d_j) + offset, where d_j is in units of the exponent, times dz_j/dlogits_j.
+    template <template <class> class Exponent>
     __device__ __forceinline__ auto dense() const {
         const Z by = z;
+        const Exponent<Z> exponent(z, raw_top());
         const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
-        const float top = z.level(raw_top()), inverse_t = z.inverse_temperature();
-        const float constant = inverse_t * d.constant, slope = inverse_t * kLn2 * d.slope;
-        const float offset = inverse_t * d.offset;
+        const float excess = exponent.excess(), inverse_t = z.inverse_temperature() * exp2_approx(-excess);
+        const float slope = inverse_t * kLn2 * d.slope, constant = inverse_t * d.constant - times(slope, excess);
+        const float offset = z.inverse_temperature() * d.offset;
         return [=](float x) {
-            const float level = by.level(x), exponent = fmaxf(by.exponent(level - top), kLowestExponent);
-            return (exp2_approx(exponent) * (slope * exponent + constant) + offset) * by.slope(level);
+            const float level = by.level(x), of_e = fmaxf(exponent(level), kLowestExponent);
+            return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);
         };
     }
 
     // As PlainRow's. Several targets' elements are written after all others are.
-    template <class T>
-    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+    template <class T, class Span>
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
         if (single()) {
             if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
                 assign(grad[left_out], target_element(0, share(0)));

@@ -22,6 +22,10 @@ struct Identity {
     __device__ __forceinline__ float slope(float) const { return 1.f; }  // dz/dx times the temperature
     __device__ __forceinline__ float inverse_temperature() const { return scale; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
+    // A logit whose level is that many exponents from 0, as far as float32 goes.
+    __device__ __forceinline__ float logit_at(float exponents) const {
+        return fmaxf(exponents / (kLog2e * scale), kFloor);
+    }
 };
 
 // To 1 ulp near 0 and 3 elsewhere: a softcap of 30 multiplies the error by 30, and tanh.approx has 2^-11. Near 0, where
@@ -49,6 +53,7 @@ struct Softcap {
     __device__ __forceinline__ float slope(float level) const { return 1.f - level * level; }
     __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
+    __device__ __forceinline__ float logit_at(float) const { return kFloor; }  // no level is beyond 1
 };
 
 }  // namespace fused_losses

@@ -101,6 +101,7 @@ class Module:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         self._library.objectives.restype = c_char_p
+        self._library.on_chip.restype = c_char_p
         self.objectives = self._library.objectives().decode().split()
         for params in (LossAndGrad, Stats, Objective, Grad, Scale, Normaliser):
             name = "".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(params.__name__))
@@ -113,17 +114,33 @@ class Module:
         function = getattr(self._library, name)
         function.restype = c_char_p
 
-        def launch(**given):
+        def launch(stream=0, **given):
             missing = {field for field, _ in params._fields_} - given.keys()
             assert not missing, missing
-            what = function(ctypes.byref(params(**given)))
-            if what is not None:
-                raise RuntimeError(what.decode())
+            raise_if(function(ctypes.byref(params(**given)), c_size_t(stream)))
 
         return launch
 
-    def configure(self, multiprocessors: int, l2_bytes: int, descending: bool = False) -> None:
-        self._library.configure(c_int(multiprocessors), c_int64(l2_bytes), c_bool(descending))
+    def on_chip(self, threads: int, chunks: int, announced: int, **given) -> None:
+        """loss_and_grad by that engine, in this shape."""
+        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), threads, chunks, announced))
+
+    def configure(
+        self,
+        multiprocessors: int,
+        l2_bytes: int,
+        descending: bool = False,
+        shared: tuple[int, int] = (90 << 10, 91 << 10),
+        capability: tuple[int, int] = (8, 0),
+    ) -> None:
+        """A device of its own. shared: bytes that a block and a multiprocessor may have; too few for rows on chip."""
+        self._library.add_device(multiprocessors, l2_bytes, *shared, *capability)
+        self._library.set_descending(c_bool(descending))
+
+
+def raise_if(what: bytes | None) -> None:
+    if what is not None:
+        raise RuntimeError(what.decode())
 
 
 # ---- of numpy arrays; the structs keep alive what they point to ------------------------------------------------------

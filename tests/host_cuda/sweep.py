@@ -8,6 +8,7 @@ first difference. FIRST: only so many cases.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import pickle
 import sys
@@ -96,11 +97,12 @@ def nan(*shape):
 # ---- the stages, each with its outputs -------------------------------------------------------------------------------
 
 
-def one_pass(module, logits, grad, asked):
-    """(loss, row_losses, logprobs)"""
+def one_pass(module, logits, grad, asked, chip=None):
+    """(loss, row_losses, logprobs). chip: threads, chunks and announced vectors; by the engine on chip."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
-    module.loss_and_grad(
+    launch = module.loss_and_grad if chip is None else functools.partial(module.on_chip, *chip)
+    launch(
         logits=logits, grad=grad, problem=asked, logprobs=structs.LogprobsTable(pointer(logprobs), n, k),
         row_losses=pointer(row_losses), loss=pointer(loss),
     )  # fmt: skip
@@ -147,6 +149,7 @@ class Case:
     def __init__(self, module, drawn):
         self.module = module
         vars(self).update(drawn)
+        self.ways = ("two sweeps", None), ("on chip", self.chip)
 
     def problem(self, at=slice(None), denominator=None):
         """Of some of the rows."""
@@ -181,11 +184,12 @@ class Case:
         self.in_use = structs.Column(pointer(normaliser), 0, np.nan) if self.mean else None
         asked = self.problem(denominator=self.in_use)
 
-        logits, out["loss_and_grad"] = self.matrices()
-        logits.guard(~self.reads & (not self.in_place))
-        of_one_pass = one_pass(module, logits.arg, out["loss_and_grad"].arg, asked)
-        out |= zip(("one pass loss", "one pass row_losses", "one pass logprobs"), of_one_pass, strict=True)
-        logits.guard(~self.reads, on=False)
+        for way, chip in self.ways:
+            logits, out[f"{way} loss_and_grad"] = self.matrices()
+            logits.guard(~self.reads & (not self.in_place))
+            loss, row_losses, logprobs = one_pass(module, logits.arg, out[f"{way} loss_and_grad"].arg, asked, chip)
+            out |= {f"{way} loss": loss, f"{way} row_losses": row_losses, f"{way} logprobs": logprobs}
+            logits.guard(~self.reads, on=False)
 
         logits, out["grad"] = self.matrices()
         logits.guard(~self.reads)
@@ -220,7 +224,7 @@ class Case:
             if x.tobytes() != y.tobytes():
                 raise Wrong(f"{name}: depends on the order of threads")
         for name, got in out.items():
-            want = self.want[name.removeprefix("one pass ")]
+            want = self.want[name.removeprefix("two sweeps ").removeprefix("on chip ")]
             if not isinstance(got, Matrix):
                 close(name, got, *want)
                 continue
@@ -242,15 +246,19 @@ class Case:
         one = lambda matrix: Matrix(  # noqa: E731
             1, self.vocab, self.dtype, (matrix.starts[r] % (16 // matrix.buffer.itemsize), 1, 0, 0), self.bits[at]
         )
-        logits = one(out["loss_and_grad"] if self.in_place else Matrix(self.n, self.vocab, self.dtype, self.layout))
-        grad = logits if self.in_place else one(out["loss_and_grad"])
-        _, row_losses, logprobs = one_pass(self.module, logits.arg, grad.arg, asked)
-        same = {
-            "row_losses": (row_losses, out["one pass row_losses"][at]),
-            "logprobs": (logprobs, out["one pass logprobs"][..., at]),
-            "loss_and_grad": (grad.rows[0], out["loss_and_grad"].rows[r]),
-        }
-        logits = one(Matrix(self.n, self.vocab, self.dtype, self.layout))
+        together = Matrix(self.n, self.vocab, self.dtype, self.layout)
+        same = {}
+        for way, chip in self.ways:
+            of_all = out[f"{way} loss_and_grad"]
+            logits = one(of_all if self.in_place else together)
+            grad = logits if self.in_place else one(of_all)
+            _, row_losses, logprobs = one_pass(self.module, logits.arg, grad.arg, asked, chip)
+            same |= {
+                f"{way} row_losses": (row_losses, out[f"{way} row_losses"][at]),
+                f"{way} logprobs": (logprobs, out[f"{way} logprobs"][..., at]),
+                f"{way} loss_and_grad": (grad.rows[0], of_all.rows[r]),
+            }
+        logits = one(together)
         same["stats"] = stats(self.module, logits.arg, asked), out["stats"][:, at]
         for name, (alone, together) in same.items():
             if alone.tobytes() != np.ascontiguousarray(together).tobytes():
@@ -293,7 +301,7 @@ def many_rows(module):
     close("scale", grad.matrix(), 2 * ([1, 0, 0] - softmax(x)), 1e-5, 2e-6)
 
 
-def far_rows(module):
+def far_rows(module, chip):
     """Rows more than 2^31 elements apart, in memory that is reserved and not filled."""
     vocab, stride, n = 17, 2**31 + 24, 2
     memory = mmap.mmap(-1, (stride + 64) * 2, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
@@ -303,7 +311,7 @@ def far_rows(module):
         elements[r * stride : r * stride + vocab] = bits[r]
     module.configure(1, 1 << 20)
     rows = structs.Rows(elements.ctypes.data, BFLOAT16, n, vocab, 1, stride, 0)
-    _, _, logprobs = one_pass(module, rows, rows, asked_for(module, np.zeros(n, np.int32), vocab))
+    _, _, logprobs = one_pass(module, rows, rows, asked_for(module, np.zeros(n, np.int32), vocab), chip)
     p = softmax(decode(bits, BFLOAT16))
     close("logprobs", logprobs, np.log(p[:, 0]), 1e-5)
     for r in range(n):
@@ -311,7 +319,7 @@ def far_rows(module):
         close("grad", got, p[r] - (np.arange(vocab) == 0), 2.0**-8, 1e-6)
 
 
-def unreadable_rows(module):
+def unreadable_rows(module, chip):
     """Masked rows lie in pages that can't be read: a read ends the process."""
     n, vocab = 4, mmap.PAGESIZE // 4
     module.configure(2, 1 << 20)
@@ -323,7 +331,7 @@ def unreadable_rows(module):
         raise OSError("mprotect")
     logits, grad = structs.Rows(address, FLOAT32, n, vocab, n, 0, vocab), Matrix(n, vocab)
     asked = asked_for(module, np.int64([5, IGNORE, 5, 5]), vocab, weights=column([1.0, 1.0, 0.0, 1.0], 1))
-    _, row_losses, logprobs = one_pass(module, logits, grad.arg, asked)
+    _, row_losses, logprobs = one_pass(module, logits, grad.arg, asked, chip)
     table = stats(module, logits, asked)
     gradient(module, logits, grad.arg, asked, table, [[1.0, 0.0, 0.0, 1.0]])
     close("stats", table[:, 1:3], 0)
@@ -331,14 +339,14 @@ def unreadable_rows(module):
         raise Wrong("a masked row left a trace")
 
 
-def extremes(module):
+def extremes(module, chip):
     module.configure(1, 1 << 20)
     x, nan, inf = [0.0, 1.0, 2.0], float("nan"), float("inf")
     zero, bad, p = [0.0] * 3, [nan] * 3, softmax(x)
 
     def expect(what, loss, grad, logp, *, token=0, **options):
         rows = Matrix.of([x])
-        got, _, logprobs = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options))
+        got, _, logprobs = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options), chip)
         close(what + " loss", got[0], loss, 1e-5)
         close(what + " grad", rows.matrix()[0], grad, 1e-5)
         close(what + " logprob", logprobs[0], logp, 1e-5)
@@ -383,7 +391,7 @@ def extremes(module):
     raise Wrong("a vocabulary of 2^31 was not refused")
 
 
-def lone_class(module):
+def lone_class(module, chip):
     """V is 1: the others have no mass, and no temperature is too bad to be seen."""
     module.configure(1, 1 << 20)
     for plain in (True, False):
@@ -394,12 +402,12 @@ def lone_class(module):
                     module, np.int64([0]), 1, temperature=temperature, plain=plain, terms_asked=terms(entropy=True)
                 )
                 want_here = want if np.isfinite(x) else np.nan
-                loss, _, logprobs = one_pass(module, rows.arg, rows.arg, asked)
+                loss, _, logprobs = one_pass(module, rows.arg, rows.arg, asked, chip)
                 what = f"V = 1, x = {x}, T = {temperature}, plain = {plain}"
                 close(what, [loss[0], *logprobs.ravel()[: 1 if plain else 2], rows.matrix()[0, 0]], want_here)
 
 
-def sure_targets(module):
+def sure_targets(module, chip):
     """The exact tail: loss and gradient of targets of which every digit of 1 - p counts."""
     vocab, rng = 100, np.random.default_rng(0)
     module.configure(1, 1 << 20)
@@ -422,7 +430,7 @@ def sure_targets(module):
             for name, sign in (("cross_entropy", -1.0), ("logprobs", 1.0)):
                 rows = Matrix.of(x)
                 asked = asked_for(module, token, vocab, name, temperature=temperature, plain=plain)
-                _, row_losses, logprobs = one_pass(module, rows.arg, rows.arg, asked)
+                _, row_losses, logprobs = one_pass(module, rows.arg, rows.arg, asked, chip)
                 table = stats(module, Matrix.of(x).arg, asked)
                 _, two_phase, _, coefficients = objective(module, table, asked)
                 again = Matrix.of(x)
@@ -433,18 +441,18 @@ def sure_targets(module):
                     close(f"sure, {what}, target", grad.matrix()[at], sign * rest / temperature, tolerance, tiny)
 
 
-def surest_target(module):
+def surest_target(module, chip):
     """1 - p just above float32's smallest normal number, where e^-gap is below it."""
     vocab, gap = 33013, 97.0
     x = np.zeros((1, vocab), np.float32)
     x[0, 5] = gap
     rest = (vocab - 1) * np.exp(-gap)
     rows = Matrix.of(x)
-    loss, _, _ = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([5]), vocab))
+    loss, _, _ = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([5]), vocab), chip)
     close("surest, loss and gradient", [loss[0], rows.matrix()[0, 5]], [rest, -rest], 2e-6 + 3e-7 * gap)
 
 
-def with_terms(module):
+def with_terms(module, chip):
     module.configure(1, 1 << 20)
     nan, inf = float("nan"), float("inf")
 
@@ -456,6 +464,7 @@ def with_terms(module):
                 module, np.int64([token]), len(x), softcap=softcap, temperature=temperature, terms_asked=terms(**asked),
                 plain=False,
             ),
+            chip,
         )  # fmt: skip
         return loss[0], rows.matrix()[0]
 
@@ -500,7 +509,8 @@ def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
     quick = (extremes, lone_class, sure_targets, surest_target, with_terms, far_rows, unreadable_rows)
-    by_hand = [(f.__name__, lambda f=f: f(module)) for f in quick]
+    chips = None, (32, 1, 0), (64, 2, 40)
+    by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
         try:
