@@ -5,6 +5,7 @@
 #include "on_chip.cuh"
 #include "plain_row.cuh"
 #include "terms_row.cuh"
+#include "token_ring.cuh"
 
 namespace fused_losses {
 
@@ -17,7 +18,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
     const Problem& problem = p.problem;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(problem.targets, problem.transform, i, vocab, p.logprobs.data, p.logprobs.n);
+        Row row(problem.targets, problem.transform, i, i, vocab, p.logprobs.data, p.logprobs.n);
         const T* logits = row_pointer<T>(p.logits, i);
         const bool reads = problem.reads(i);
         if (reads) {
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
 
 struct OnChipParams {
     LossAndGradParams asked;
-    int chunks;     // per row in shared memory
+    int log_step;   // of the vectors in a chunk
+    int chunks;     // in shared memory
     int announced;  // vectors of the next row that are brought to L2 ahead of their copies
 };
 
@@ -45,6 +47,7 @@ template <class Row>
 struct alignas(16) OnChipShared {
     typename Row::Shared row;
     float target[2];  // the target's logit, of reductions in turn
+    TokenRing ring;
 };
 
 // The same, while the row is on chip. A row that the engine can't map, as its gradient has another phase or its maximum
@@ -53,21 +56,34 @@ template <class T, class Row>
 __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const __grid_constant__ OnChipParams params) {
     using Sums = typename Row::Sums;
     OnChipShared<Row>& shared = shared_memory<OnChipShared<Row>>();
-    const OnChip<T> chip(reinterpret_cast<uint4*>(&shared + 1), params.chunks);
+    TokenRing& ring = shared.ring;
+    const OnChip<T> chip(reinterpret_cast<uint4*>(&shared + 1), params.chunks, params.log_step);
     const LossAndGradParams& p = params.asked;
-    const Problem& problem = p.problem;
+    const Problem& problem = ring.problem;
+    const int64_t n = p.logits.n;
     const int vocab = static_cast<int>(p.logits.vocab);
-    const auto row_to_read = [&](int64_t i) -> const T* {
-        return i < p.logits.n && problem.reads(i) ? row_pointer<T>(p.logits, i) : nullptr;
+    const float denominator = p.problem.denominator.at(0);
+    const auto row_to_read = [&](int slot, int64_t i) -> const T* {
+        return i < n && problem.reads(ring.of(slot, i)) ? row_pointer<T>(p.logits, i) : nullptr;
     };
-    int turn = 0;
-    const T* logits = row_to_read(blockIdx.x);
+    const auto fetch_token = [&](int slot, int64_t i) {
+        if (i < n) ring.fetch(slot, i);
+    };
+
+    ring.start(p.problem);
+    __syncthreads();
+    fetch_token(0, blockIdx.x);
+    fetch_token(1, blockIdx.x + int64_t{gridDim.x});
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    const T* logits = row_to_read(0, blockIdx.x);
     chip.fetch(logits, vocab);
-    for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        const T* const next = row_to_read(i + gridDim.x);
+    int turn = 0, slot = 0;
+    for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+        const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
         T* const grad = row_pointer<T>(p.grad, i);
-        Row row(problem.targets, problem.transform, i, vocab, p.logprobs.data, p.logprobs.n);
-        bool near = true;
+        Row row(problem.targets, problem.transform, ring.of(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         if (logits) {
             float& target = shared.target[turn];
             row.read_several_targets(logits, p.logprobs.data);
@@ -75,10 +91,19 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
             const Online<Sums> all = row.gather(mine, shared.row, turn);
             row.take_target(target);
             row.see(all);
-            chip.announce(next, vocab, params.announced);
+        } else {
+            chip.wait_first();
+            __syncthreads();
+        }
+        // One barrier ago, at least: all threads see the next token, and none needs the last one's numbers.
+        const T* const next = row_to_read(next_slot, i + gridDim.x);
+        fetch_token(last_slot, i + 2 * int64_t{gridDim.x});
+        chip.announce(next, vocab, params.announced);
+        bool near = true;
+        if (logits) {
             near = row.near();
             if (!near) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared.row, turn));
-            row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
+            row.evaluate(problem, denominator, shared.row, turn);
         }
         if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
         if (row.idle()) {
@@ -92,6 +117,7 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         }
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
         logits = next;
+        slot = next_slot;
     }
 }
 
@@ -103,7 +129,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
     const int vocab = static_cast<int>(p.logits.vocab);
     float* const target_logits = &p.stats.target(0);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(problem.targets, problem.transform, i, vocab, target_logits, p.stats.n);
+        Row row(problem.targets, problem.transform, i, i, vocab, target_logits, p.stats.n);
         const bool reads = problem.reads(i);
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
@@ -120,7 +146,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_con
     int turn = 0;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(p.targets, p.transform, i, vocab, &p.stats.target(0), p.stats.n);
+        Row row(p.targets, p.transform, i, i, vocab, &p.stats.target(0), p.stats.n);
         row.recall(p.stats);
         row.send(p.coefficients, p.upstream.at(i), shared, turn);
         T* grad = row_pointer<T>(p.grad, i);

@@ -48,7 +48,7 @@ Shape two_sweep_shape(const Rows& rows, int64_t element_bytes, int resident) {
 }
 
 struct OnChipShape {
-    int threads;  // 0: not on chip
+    int threads;  // a power of two; 0: not on chip
     int rows;     // that a multiprocessor has at a time
     int chunks;
 };
@@ -88,8 +88,10 @@ template <class T, class Row>
 void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announced, uintptr_t stream) {
     const int64_t turns = over(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors);
     const size_t bytes = on_chip_bytes(s.threads, s.chunks, sizeof(OnChipShared<Row>));
+    int log_step = 0;
+    while (1 << log_step < kSlots * s.threads) ++log_step;
     start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, bytes, stream,
-          OnChipParams{p, s.chunks, announced});
+          OnChipParams{p, log_step, s.chunks, announced});
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.

@@ -28,11 +28,6 @@ namespace fused_losses {
 constexpr int kSlots = 4;   // of a thread per chunk: what a sweep holds in registers at a time
 constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
 
-// Sums are in units of the exponent already.
-struct InExponents {
-    __device__ __forceinline__ float exponent(float x) const { return x; }
-};
-
 // As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
 // a thread may have for its share, a fold would make infinities.
 template <class Sums, class Z>
@@ -86,19 +81,20 @@ class FoldedOnline {
     }
 
     __device__ __forceinline__ Online<Sums> all() {
-        sums_.rescale(-exponent_.excess(), InExponents{});
+        sums_.rescale(-exponent_.excess(), exponent_.correction());
         return {max_, sums_};
     }
 
   private:
     __device__ __forceinline__ void rise(float max) {
         const Folded<Z> risen(z_, max);
-        sums_.rescale(exponent_.top() - risen.top(), InExponents{});
+        const float exponent = exponent_.top() - risen.top();
+        sums_.rescale(exponent, exp2_approx(exponent));
         exponent_ = risen;
         max_ = max;
     }
     __device__ __forceinline__ void add_to(Sums& sums, float x) const {
-        sums.add(exponent_(z_.level(x)), InExponents{});
+        sums.add(exponent_(z_.level(x)));
     }
 
     const Z z_;
@@ -117,11 +113,12 @@ struct Share : Span<T> {
     int whole;  // chunks of which this warp has all its vectors
     int some;   // of which it has some
 
-    __device__ __forceinline__ Share(const T* row, int vocab) : Span<T>(row, vocab), step(kSlots * blockDim.x) {
+    __device__ __forceinline__ Share(const T* row, int vocab, int log_step)
+        : Span<T>(row, vocab), step(1 << log_step) {
         const int warp = threadIdx.x / kWarp * kPiece;
         first = warp + threadIdx.x % kWarp;
-        whole = (this->vectors - warp - kPiece + step) / step;  // never negative: a warp begins a piece before the end
-        some = (this->vectors - warp - 1 + step) / step;
+        whole = (this->vectors - warp - kPiece + step) >> log_step;  // not negative: a warp's piece is within a chunk
+        some = (this->vectors - warp - 1 + step) >> log_step;
     }
     __device__ __forceinline__ bool has(int chunk, int u) const {
         return chunk * step + first + u * kWarp < this->vectors;
@@ -129,21 +126,23 @@ struct Share : Span<T> {
 
     __device__ __forceinline__ int owner(int j) const {
         const int v = this->vector_of(j);
-        return v < 0 ? Span<T>::owner(j) : v % step / kPiece * kWarp + v % kWarp;
+        return v < 0 ? Span<T>::owner(j) : (v & (step - 1)) / kPiece * kWarp + v % kWarp;
     }
 };
 
 template <class T>
 class OnChip {
   public:
-    // slots: kSlots * blockDim.x * chunks of them; chunks is at most kGroups.
-    __device__ __forceinline__ OnChip(uint4* slots, int chunks)
-        : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece + threadIdx.x % kWarp), chunks_(chunks) {}
+    // slots: `chunks` times 2^log_step, which is kSlots * blockDim.x. At most kGroups chunks.
+    __device__ __forceinline__ OnChip(uint4* slots, int chunks, int log_step)
+        : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece + threadIdx.x % kWarp),
+          chunks_(chunks),
+          log_step_(log_step) {}
 
     // Begins to copy a row, which may be none, into slots that nobody needs any more.
     __device__ __forceinline__ void fetch(const T* row, int vocab) const {
         if (row) {
-            const Share<T> share(row, vocab);
+            const Share<T> share(row, vocab, log_step_);
             fetch_rest(row, share);
             for (int c = 0; c < chunks_; ++c) copy_chunk(share, vectors_of(row, share), c);
         } else {
@@ -151,6 +150,10 @@ class OnChip {
         }
         fill_groups();
     }
+
+    // Until the first group of the row that was fetched last has arrived; that of none is empty, but for what has been
+    // asked for beside it.
+    __device__ __forceinline__ void wait_first() const { wait_copies<kGroups - 1>(); }
 
     // Brings the beginning of a row to L2 while the slots are still in use: memory has work while a row's end is
     // reduced.
@@ -164,11 +167,11 @@ class OnChip {
     // owns that element writes its logit.
     template <class Sums, class Z>
     __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit) const {
-        const Share<T> share(row, vocab);
+        const Share<T> share(row, vocab, log_step_);
         const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
         const bool owns = left_out >= 0 && thread == share.owner(left_out);
         const bool near = left_out_vector >= 0 && thread / kWarp == share.owner(left_out) / kWarp;
-        const int apart = near ? left_out_vector / share.step : -1;  // the chunk in which this warp takes care
+        const int apart = near ? left_out_vector >> log_step_ : -1;  // the chunk in which this warp takes care
         const int edge = thread < share.edges ? share.edge(thread) : -1;
         const float of_edge = edge >= 0 ? to_float(row[edge]) : 0.f;  // on its way while vectors are summed
         const uint4* const rest = vectors_of(row, share);
@@ -212,7 +215,7 @@ class OnChip {
             [] {});
         if (edge >= 0 && edge != left_out) acc.add(of_edge);
         if (owns) {
-            const int c = left_out_vector / share.step, u = left_out_vector % Share<T>::kPiece / kWarp;
+            const int c = left_out_vector >> log_step_, u = left_out_vector % Share<T>::kPiece / kWarp;
             logit = left_out_vector < 0 ? of_edge
                                         : acc.template add_without<T>(
                                               c < chunks_ ? read_slot(slot(c, u)) : load(rest + c * share.step + u * kWarp),
@@ -225,12 +228,12 @@ class OnChip {
     // and may be the same.
     template <class F>
     __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f) const {
-        const Share<T> share(out, vocab);
+        const Share<T> share(out, vocab, log_step_);
         if (static_cast<int>(threadIdx.x) < share.edges) {
             const int edge = share.edge(threadIdx.x);
             assign(out[edge], f(to_float(in[edge])));
         }
-        if (next) fetch_rest(next, Share<T>(next, vocab));
+        if (next) fetch_rest(next, Share<T>(next, vocab, log_step_));
         uint4* const to = const_cast<uint4*>(vectors_of(out, share));
         // Backwards, and before what is on chip: what was read last L2 still has.
         const uint4* const rest = vectors_of(in, share);
@@ -244,7 +247,7 @@ class OnChip {
                 map_chunk(read, to + c * share.step, f, inside);
         }
         if (next) {
-            const Share<T> coming(next, vocab);
+            const Share<T> coming(next, vocab, log_step_);
             const uint4* const from = vectors_of(next, coming);
             int c = 0;
             for (const int whole = min_of(chunks_, min_of(share.whole, coming.whole)); c < whole; ++c) {
@@ -277,7 +280,7 @@ class OnChip {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
     }
     __device__ __forceinline__ uint4* slot(int c, int u) const {
-        return slots_ + (c * static_cast<int>(blockDim.x) * kSlots + u * kWarp);
+        return slots_ + ((c << log_step_) + u * kWarp);
     }
     __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, int c) const {
 #pragma unroll
@@ -314,7 +317,7 @@ class OnChip {
     }
 
     uint4* const slots_;  // this thread's
-    const int chunks_;
+    const int chunks_, log_step_;
 };
 
 }  // namespace fused_losses

@@ -15,10 +15,11 @@ class PlainRow {
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
 
-    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
+    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row, int vocab,
                                         const float*, int64_t)
-        : z(Identity::of(0.f, transform.inverse_temperature(row))),
-          left_out(target_index(targets, row, vocab)),
+        : z(Identity::of(0.f, transform.inverse_temperature(token))),
+          left_out(target_index(targets, token, vocab)),
+          token_(token),
           row_(row) {}
 
     template <class T>
@@ -61,7 +62,7 @@ class PlainRow {
     // By one thread for itself.
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
         softmax_ = softmax();
-        loss_ = plain_loss(problem, row_, softmax_.logprob(), denominator);
+        loss_ = plain_loss(problem, token_, softmax_.logprob(), denominator);
     }
 
     // By one thread. reads: whether the row was read.
@@ -89,7 +90,7 @@ class PlainRow {
     template <template <class> class Exponent>
     __device__ __forceinline__ auto dense() const {
         const Exponent<Identity> exponent(z, raw_top());
-        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exp2_approx(-exponent.excess());
+        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exponent.correction();
         return [=](float x) { return factor * exp2_approx(exponent(x)); };
     }
 
@@ -108,7 +109,7 @@ class PlainRow {
     }
     __device__ __forceinline__ Coefficients by() const { return {loss_.by.g, 0.f, 0.f, 0.f}; }
 
-    const int64_t row_;
+    const int64_t token_, row_;
     float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f;
     Softmax softmax_{};
     TokenLoss loss_{};

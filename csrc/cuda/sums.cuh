@@ -14,7 +14,9 @@ class Distance {
   public:
     __device__ __forceinline__ Distance(const Z& z, float max) : z_(z), top_(z.level(max)) {}
     __device__ __forceinline__ float operator()(float level) const { return z_.exponent(level - top_); }
+    // What the exponents are too large by, and what makes up for it in e_j.
     __device__ __forceinline__ float excess() const { return 0.f; }
+    __device__ __forceinline__ float correction() const { return 1.f; }
 
   private:
     const Z z_;
@@ -22,18 +24,23 @@ class Distance {
 };
 
 // One fma instead of two instructions, for rows that are near. top is the rounded product of the maximum's level and c:
-// the rounding, at most half an exponent, is in all exponents alike, known exactly, and taken out of what they add up
-// to. From 2^24 on it would be whole exponents, then more than a float's.
+// the rounding, at most 2^-7, is in all exponents alike, known exactly, and taken out of what they add up to. Further
+// out it would grow to whole exponents, and then to more than a float has.
 template <class Z>
 class Folded {
   public:
-    static constexpr float kFar = 16777216.f;
+    static constexpr float kFar = 262144.f;
 
     __device__ __forceinline__ Folded(const Z& z, float max) : c_(z.exponent(1.f)), level_(z.level(max)) {
         top_ = multiply(level_, c_);
     }
     __device__ __forceinline__ float operator()(float level) const { return fmaf(level, c_, -top_); }
     __device__ __forceinline__ float excess() const { return fmaf(level_, c_, -top_); }
+    // 2^-excess to an ulp, which ex2 is not.
+    __device__ __forceinline__ float correction() const {
+        const float u = -kLn2 * excess();
+        return fmaf(u, fmaf(u, fmaf(u, 1.f / 6.f, 0.5f), 1.f), 1.f);
+    }
     __device__ __forceinline__ float top() const { return top_; }
     __device__ __forceinline__ bool near() const { return fabsf(top_) <= kFar; }  // not of NaN
 
@@ -50,6 +57,7 @@ class FoldedIfNear {
         return folded_.near() ? folded_(level) : distance_(level);
     }
     __device__ __forceinline__ float excess() const { return folded_.near() ? folded_.excess() : 0.f; }
+    __device__ __forceinline__ float correction() const { return folded_.near() ? folded_.correction() : 1.f; }
 
   private:
     const Folded<Z> folded_;
@@ -61,16 +69,9 @@ class FoldedIfNear {
 struct Sum {
     float sum = 0.f;  // of e_j
 
-    // shift: the old top less the new one
-    template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        sum *= exp2_approx(z.exponent(shift));
-    }
-    // distance: level_j - top
-    template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        sum += exp2_approx(z.exponent(distance));
-    }
+    // exponent: the old top's, above the new one. factor: 2^exponent
+    __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
+    __device__ __forceinline__ void add(float exponent) { sum += exp2_approx(exponent); }
     __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
 };
 
@@ -84,17 +85,14 @@ struct Moments {
     float drift = 0.f;   // of log2(e_j); -inf if a level is
     float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
 
-    // A shift from the floor can overflow, when all sums are 0.
-    template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        const float exponent = z.exponent(shift), e = exp2_approx(exponent);
-        moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
-        sum *= e;
+    // An exponent from the floor can overflow, when all sums are 0.
+    __device__ __forceinline__ void rescale(float exponent, float factor) {
+        moment = factor * (moment + fmaxf(exponent, kLowestExponent) * sum);
+        sum *= factor;
         drift += count * fmaxf(exponent, kFloor);
     }
-    template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        const float exponent = z.exponent(distance), e = exp2_approx(exponent);
+    __device__ __forceinline__ void add(float exponent) {
+        const float e = exp2_approx(exponent);
         sum += e;
         moment += e * fmaxf(exponent, kLowestExponent);
         drift += exponent;
@@ -119,14 +117,15 @@ struct Online {
     template <class Z>
     __device__ __forceinline__ float rescale(float new_max, const Z& z) {
         const float top = z.level(new_max);
-        sums.rescale(z.level(max) - top, z);
+        const float exponent = z.exponent(z.level(max) - top);
+        sums.rescale(exponent, exp2_approx(exponent));
         max = new_max;
         return top;
     }
     template <class Z>
     __device__ __forceinline__ void add(float x, const Z& z) {
         const float top = rescale(fmaxf(max, x), z);
-        sums.add(z.level(x) - top, z);
+        sums.add(z.exponent(z.level(x) - top));
     }
 };
 

@@ -39,12 +39,13 @@ class TermsRow {
     const int left_out;  // the single target; -1 if it is outside [0, V), or of several
 
     // logits: the targets', (K, n).
-    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
+    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row, int vocab,
                                         const float* logits, int64_t n)
-        : z(Z::of(transform.softcap, transform.inverse_temperature(row))),
-          left_out(targets.single() ? target_index(targets, row, vocab) : -1),
+        : z(Z::of(transform.softcap, transform.inverse_temperature(token))),
+          left_out(targets.single() ? target_index(targets, token, vocab) : -1),
           targets_(targets),
           logits_(logits + row),
+          token_(token),
           row_(row),
           n_(n),
           vocab_(vocab) {}
@@ -120,7 +121,7 @@ class TermsRow {
     __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
         if (single()) return;
         for (int k = first; k < num(); k += step) {
-            const bool given = targets_.at(row_, k) != targets_.ignore_index;
+            const bool given = targets_.at(token_, k) != targets_.ignore_index;
             logprobs.target(row_, k) = reads && given ? target(k).logp : 0.f;
         }
     }
@@ -149,7 +150,7 @@ class TermsRow {
         const Z by = z;
         const Exponent<Z> exponent(z, raw_top());
         const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
-        const float excess = exponent.excess(), inverse_t = z.inverse_temperature() * exp2_approx(-excess);
+        const float excess = exponent.excess(), inverse_t = z.inverse_temperature() * exponent.correction();
         const float slope = inverse_t * kLn2 * d.slope, constant = inverse_t * d.constant - times(slope, excess);
         const float offset = z.inverse_temperature() * d.offset;
         return [=](float x) {
@@ -182,9 +183,9 @@ class TermsRow {
     __device__ __forceinline__ bool single() const { return targets_.single(); }
     __device__ __forceinline__ int num() const { return static_cast<int>(targets_.num); }
     __device__ __forceinline__ int index(int k) const {
-        return target_index(targets_, row_ * targets_.num + k, vocab_);
+        return target_index(targets_, token_ * targets_.num + k, vocab_);
     }
-    __device__ __forceinline__ float share(int k) const { return targets_.share(row_, k); }
+    __device__ __forceinline__ float share(int k) const { return targets_.share(token_, k); }
     __device__ __forceinline__ float logit(int k) const { return single() ? target_ : logits_[k * n_]; }
     __device__ __forceinline__ float raw_top() const { return single() ? fmaxf(maximum_, target_) : maximum_; }
 
@@ -215,12 +216,12 @@ class TermsRow {
     __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {
         const RowSeen seen =
             row_seen(z.level(raw_top()) * z.scale, softmax_, sums_.logp, sums_.whole, drift_, problem.vocab);
-        loss_ = terms_loss(problem, row_, seen, denominator);
+        loss_ = terms_loss(problem, token_, seen, denominator);
     }
 
     const Targets& targets_;
     const float* const logits_;  // from this row on
-    const int64_t row_, n_;
+    const int64_t token_, row_, n_;
     const int vocab_;
     float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f;
     Softmax softmax_{};
