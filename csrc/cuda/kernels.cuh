@@ -62,9 +62,9 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
     const Problem& problem = ring.problem;
     const int64_t n = p.logits.n;
     const int vocab = static_cast<int>(p.logits.vocab);
-    const float denominator = p.problem.denominator.at(0);
+    const auto token = [&](int slot, int64_t i) -> int64_t { return Row::kSingle || ring.single() ? slot : i; };
     const auto row_to_read = [&](int slot, int64_t i) -> const T* {
-        return i < n && problem.reads(ring.of(slot, i)) ? row_pointer<T>(p.logits, i) : nullptr;
+        return i < n && problem.reads(token(slot, i)) ? row_pointer<T>(p.logits, i) : nullptr;
     };
     const auto fetch_token = [&](int slot, int64_t i) {
         if (i < n) ring.fetch(slot, i);
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
     int turn = 0, slot = 0;
     for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
         const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
-        T* const grad = row_pointer<T>(p.grad, i);
-        Row row(problem.targets, problem.transform, ring.of(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
+        Row row(problem.targets, problem.transform, token(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
+        bool near = true;
         if (logits) {
             float& target = shared.target[turn];
             row.read_several_targets(logits, p.logprobs.data);
@@ -91,6 +91,8 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
             const Online<Sums> all = row.gather(mine, shared.row, turn);
             row.take_target(target);
             row.see(all);
+            near = row.near();
+            if (!near) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared.row, turn));
         } else {
             chip.wait_first();
             __syncthreads();
@@ -99,22 +101,17 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         const T* const next = row_to_read(next_slot, i + gridDim.x);
         fetch_token(last_slot, i + 2 * int64_t{gridDim.x});
         chip.announce(next, vocab, params.announced);
-        bool near = true;
-        if (logits) {
-            near = row.near();
-            if (!near) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared.row, turn));
-            row.evaluate(problem, denominator, shared.row, turn);
-        }
+        if (logits) row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
         if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
-        if (row.idle()) {
-            chip.fetch(next, vocab);
+        T* const grad = row_pointer<T>(p.grad, i);
+        const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
+        if (!from_slots) chip.fetch(next, vocab);
+        if (idle)
             zero_row(grad, vocab);
-        } else if (near && skew_of<T>(logits, grad) == 0) {
+        else if (from_slots)
             row.write_targets(grad, chip.map(logits, grad, vocab, next, row.template dense<Folded>()));
-        } else {
+        else
             row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<FoldedIfNear>()));
-            chip.fetch(next, vocab);
-        }
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
         logits = next;
         slot = next_slot;

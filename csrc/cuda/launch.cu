@@ -53,11 +53,10 @@ struct OnChipShape {
     int chunks;
 };
 
-int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kVector = sizeof(uint4);
 
-size_t on_chip_bytes(int threads, int chunks, size_t scratch) {
-    return scratch + sizeof(uint4) * kSlots * threads * chunks;
-}
+int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
 
 // A row that is on chip as a whole gets 256 threads, and a multiprocessor as many rows as it holds: while one waits at
 // its barrier the others go on. A row that leaves no room for a second one gets 512 threads and all there is: what is
@@ -65,21 +64,20 @@ size_t on_chip_bytes(int threads, int chunks, size_t scratch) {
 // and they are in L2 anyway. As above, nothing here may depend on N.
 //
 // scratch: bytes beside the slots.
-OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, size_t scratch) {
+OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, int64_t scratch) {
     constexpr int64_t kShort = 16 << 10, kSmall = 96 << 10;
     constexpr int kOfOne = 512, kOfSeveral = 256, kReserved = 1024;  // bytes that the system takes of each block's
     const DeviceLimits limits = device_limits();
-    const int64_t row_bytes = rows.vocab * element_bytes;
-    if (row_bytes < kShort || limits.shared_bytes < kSmall || rows.vocab > INT_MAX) return {};
-    const auto chunks_of = [&](int threads) { return over(row_bytes, on_chip_bytes(threads, 1, 0)); };
-    if (const int64_t chunks = chunks_of(kOfSeveral); chunks <= kGroups) {
-        const int64_t bytes = on_chip_bytes(kOfSeveral, static_cast<int>(chunks), scratch) + kReserved;
-        const int64_t several = std::min<int64_t>(limits.shared_bytes_of_multiprocessor / bytes, resident / kOfSeveral);
-        if (several > 1) return {kOfSeveral, static_cast<int>(several), static_cast<int>(chunks)};
-    }
-    const int64_t room = (limits.shared_bytes - static_cast<int64_t>(scratch)) /
-                         static_cast<int64_t>(on_chip_bytes(kOfOne, 1, 0));
-    return {kOfOne, 1, static_cast<int>(std::min({chunks_of(kOfOne), room, int64_t{kGroups}}))};
+    const int64_t bytes = rows.vocab * element_bytes / kVector * kVector;  // at most, of vectors, in any phase
+    if (bytes < kShort || limits.shared_bytes < kSmall || rows.vocab > INT_MAX) return {};
+    const auto chunks_of = [](int threads, int64_t bytes) { return static_cast<int>(over(bytes, chunk_bytes(threads))); };
+    const int64_t several = std::min<int64_t>(limits.shared_bytes_of_multiprocessor / (bytes + scratch + kReserved),
+                                              resident / kOfSeveral);
+    if (several > 1 && chunks_of(kOfSeveral, bytes) <= kGroups)
+        return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes)};
+    const int64_t room = limits.shared_bytes - scratch;
+    const int chunks = bytes <= room ? chunks_of(kOfOne, bytes) : static_cast<int>(room / chunk_bytes(kOfOne));
+    return {kOfOne, 1, std::min(chunks, kGroups)};
 }
 
 // As many blocks as give all of them the same number of rows, or one less: with all that fit, the last turn of rows
@@ -87,15 +85,16 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
 template <class T, class Row>
 void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announced, uintptr_t stream) {
     const int64_t turns = over(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors);
-    const size_t bytes = on_chip_bytes(s.threads, s.chunks, sizeof(OnChipShared<Row>));
+    // A vector's slot is where it is among the row's vectors: a last chunk that is not full needs no more than it has.
+    const int64_t slots = std::min<int64_t>(p.logits.vocab / kWidth<T>, int64_t{kSlots} * s.chunks * s.threads);
     int log_step = 0;
     while (1 << log_step < kSlots * s.threads) ++log_step;
-    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, bytes, stream,
+    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, sizeof(OnChipShared<Row>) + slots * kVector, stream,
           OnChipParams{p, log_step, s.chunks, announced});
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
-constexpr int kAnnounced = (64 << 10) / sizeof(uint4);
+constexpr int kAnnounced = (64 << 10) / kVector;
 
 template <class Visit>
 void for_type(DType dtype, Visit visit) {

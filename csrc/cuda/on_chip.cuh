@@ -141,13 +141,10 @@ class OnChip {
 
     // Begins to copy a row, which may be none, into slots that nobody needs any more.
     __device__ __forceinline__ void fetch(const T* row, int vocab) const {
-        if (row) {
-            const Share<T> share(row, vocab, log_step_);
-            fetch_rest(row, share);
-            for (int c = 0; c < chunks_; ++c) copy_chunk(share, vectors_of(row, share), c);
-        } else {
-            for (int c = 0; c < chunks_; ++c) commit_copies();
-        }
+        const Share<T> share = share_of(row, vocab);
+        fetch_rest(row, share);
+        const uint4* const from = vectors_of(row, share);
+        for (int c = 0; c < chunks_; ++c) copy_chunk(share, from, c);
         fill_groups();
     }
 
@@ -158,16 +155,15 @@ class OnChip {
     // Brings the beginning of a row to L2 while the slots are still in use: memory has work while a row's end is
     // reduced.
     __device__ __forceinline__ void announce(const T* row, int vocab, int vectors) const {
-        if (!row) return;
-        const Span<T> span(row, vocab);
-        prefetch(row + span.head, 16 * (vectors < span.vectors ? vectors : span.vectors));
+        const Share<T> share = share_of(row, vocab);
+        prefetch(row + share.head, 16 * min_of(vectors, share.vectors));
     }
 
     // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1. Who
     // owns that element writes its logit.
     template <class Sums, class Z>
     __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit) const {
-        const Share<T> share(row, vocab, log_step_);
+        const Share<T> share = share_of(row, vocab);
         const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
         const bool owns = left_out >= 0 && thread == share.owner(left_out);
         const bool near = left_out_vector >= 0 && thread / kWarp == share.owner(left_out) / kWarp;
@@ -228,12 +224,13 @@ class OnChip {
     // and may be the same.
     template <class F>
     __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f) const {
-        const Share<T> share(out, vocab, log_step_);
+        const Share<T> share = share_of(out, vocab);
         if (static_cast<int>(threadIdx.x) < share.edges) {
             const int edge = share.edge(threadIdx.x);
             assign(out[edge], f(to_float(in[edge])));
         }
-        if (next) fetch_rest(next, Share<T>(next, vocab, log_step_));
+        const Share<T> coming = share_of(next, vocab);
+        fetch_rest(next, coming);
         uint4* const to = const_cast<uint4*>(vectors_of(out, share));
         // Backwards, and before what is on chip: what was read last L2 still has.
         const uint4* const rest = vectors_of(in, share);
@@ -246,25 +243,19 @@ class OnChip {
             else
                 map_chunk(read, to + c * share.step, f, inside);
         }
-        if (next) {
-            const Share<T> coming(next, vocab, log_step_);
-            const uint4* const from = vectors_of(next, coming);
-            int c = 0;
-            for (const int whole = min_of(chunks_, min_of(share.whole, coming.whole)); c < whole; ++c) {
-                map_slots(c, to + c * share.step, f, [](int) { return true; });
+        const uint4* const from = vectors_of(next, coming);
+        int c = 0;
+        for (const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole); c < whole; ++c) {
+            map_slots(c, to + c * share.step, f, [](int) { return true; });
+            if (next) {
 #pragma unroll
                 for (int u = 0; u < kSlots; ++u) copy_async(slot(c, u), from + c * coming.step + u * kWarp);
-                commit_copies();
             }
-            for (; c < chunks_; ++c) {
-                map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
-                copy_chunk(coming, from, c);
-            }
-        } else {
-            for (int c = 0; c < chunks_; ++c) {
-                map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
-                commit_copies();
-            }
+            commit_copies();
+        }
+        for (; c < chunks_; ++c) {
+            map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
+            copy_chunk(coming, from, c);
         }
         fill_groups();
         return share;
@@ -275,6 +266,10 @@ class OnChip {
 
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
+    // Of no row, none.
+    __device__ __forceinline__ Share<T> share_of(const T* row, int vocab) const {
+        return {row, row ? vocab : 0, log_step_};
+    }
     // This thread's, from the first chunk on.
     static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
@@ -289,6 +284,7 @@ class OnChip {
         commit_copies();
     }
     __device__ __forceinline__ void fill_groups() const {
+#pragma unroll 1
         for (int c = chunks_; c < kGroups; ++c) commit_copies();
     }
     __device__ __forceinline__ void fetch_rest(const T* row, const Share<T>& share) const {

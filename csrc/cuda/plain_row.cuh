@@ -11,6 +11,7 @@ class PlainRow {
     using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;
     static constexpr int kThreadsOnChip = 768;
+    static constexpr bool kSingle = true;  // whether a token always has one target
 
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)

@@ -29,6 +29,7 @@ class TermsRow {
     using Sums = Moments;
     static constexpr int kThreads = Z::kThreads;
     static constexpr int kThreadsOnChip = 512;
+    static constexpr bool kSingle = false;  // whether a token always has one target
 
     struct Shared {
         Partials<Online<Moments>> elements;

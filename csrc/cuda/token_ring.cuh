@@ -12,13 +12,13 @@ class TokenRing {
   public:
     static constexpr int kTokens = 3;  // the row's, the next row's, and one that is on its way
 
-    // Whose tokens `of` counts.
-    Problem problem;
+    Problem problem;  // the one asked; with a single target per token its tokens are those here
 
     // By all threads; a barrier must follow.
     __device__ __forceinline__ void start(const Problem& given) {
         if (threadIdx.x != 0) return;
         problem = given;
+        problem.denominator = {nullptr, 0, given.denominator.at(0)};
         targets_ = given.targets;
         if (!given.targets.single()) return;
         Terms& terms = problem.terms;
@@ -62,7 +62,7 @@ class TokenRing {
         }
     }
 
-    __device__ __forceinline__ int64_t of(int slot, int64_t i) const { return problem.targets.single() ? slot : i; }
+    __device__ __forceinline__ bool single() const { return targets_.single(); }
 
   private:
     static constexpr int kColumns = kMaxInputs + 7, kShares = kColumns;

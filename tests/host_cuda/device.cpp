@@ -16,7 +16,7 @@ FL_EXPORT void add_device(int multiprocessors, int l2_bytes, int of_block, int o
     runtime.devices.push_back({multiprocessors, l2_bytes, major, minor, of_block, of_multiprocessor});
     runtime.current = static_cast<int>(runtime.devices.size()) - 1;
 }
-FL_EXPORT void set_descending(bool descending) { host_cuda::descending = descending; }
+FL_EXPORT void set_descending(int descending) { host_cuda::descending = descending; }
 
 // One pass on chip, in this shape: the launch itself would choose another.
 FL_EXPORT const char* on_chip(const fused_losses::LossAndGradParams* params, int threads, int chunks, int announced) {
@@ -53,7 +53,7 @@ FL_EXPORT void set_error(const char* call, int error) {
     else
         host_cuda::runtime.errors.erase(call);
 }
-FL_EXPORT void set_runs(bool runs) { host_cuda::runtime.runs = runs; }
+FL_EXPORT void set_runs(int runs) { host_cuda::runtime.runs = runs; }
 FL_EXPORT int calls(const char* name) { return host_cuda::runtime.calls[name]; }
 FL_EXPORT int last_error() { return host_cuda::runtime.last; }
 FL_EXPORT const char* unusable(int index) {

@@ -441,6 +441,38 @@ def sure_targets(module, chip):
                     close(f"sure, {what}, target", grad.matrix()[at], sign * rest / temperature, tolerance, tiny)
 
 
+def far_rows_and_masks(module, chip):
+    """Where a fold of scale and maximum has its limits: rows far from 0, a whole thread's share masked, bad scales."""
+    module.configure(1, 1 << 20)
+    vocab, rng = 700, np.random.default_rng(0)
+    lowest = float(np.finfo(np.float32).min)
+    near = rng.normal(0, 2, vocab)
+    rows = {f"{offset:g} off": near + offset for offset in (3e4, -3e4, 1.8e5, -1.8e5, 2e5, -2e5)}
+    rows |= {f"all {x:g}": np.full(vocab, x) for x in (1e6, -1e9, 1e30, -1e30, lowest, -lowest / 2)}
+    for mask in (-1e4, -1e9, -1e30, lowest):
+        for kept in (1, 5, vocab // 8, vocab - 1):
+            rows[f"{mask:g} but for the last {kept}"] = np.where(np.arange(vocab) < vocab - kept, mask, near)
+    rows["one highest"] = np.where(np.arange(vocab) == 3, -lowest / 2, near)
+    rows["one lowest among -inf"] = np.where(np.arange(vocab) == vocab - 1, lowest, -np.inf)
+    for temperature in (1e-4, 1.0, 1e20):
+        for i, (what, x) in enumerate(rows.items()):
+            if np.abs(x[np.isfinite(x)]).max() / temperature > 3e38:
+                continue
+            token = (0, vocab - 1, 3)[i % 3]
+            matrix = Matrix.of([x])
+            asked = asked_for(module, np.int64([token]), vocab, temperature=temperature)
+            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            t = np.float64(np.float32(temperature))
+            z = np.float64(np.float32(x)) / t
+            d = z - z.max()
+            gap = np.minimum(np.abs(d), 104)
+            case = f"{what}, T = {temperature}, target {token}"
+            logp = d[token] - np.log(np.exp(d).sum())
+            close(f"{case}, logprob", logprobs[0], logp, 2e-6 + 3e-7 * gap[token], 1e-6)
+            want = (softmax(d) - (np.arange(vocab) == token)) / t
+            close(f"{case}, gradient", matrix.matrix()[0], want, 2e-6 + 3e-7 * gap, 3e-7 / t)
+
+
 def surest_target(module, chip):
     """1 - p just above float32's smallest normal number, where e^-gap is below it."""
     vocab, gap = 33013, 97.0
@@ -508,7 +540,7 @@ def with_terms(module, chip):
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
-    quick = (extremes, lone_class, sure_targets, surest_target, with_terms, far_rows, unreadable_rows)
+    quick = (extremes, lone_class, sure_targets, far_rows_and_masks, surest_target, with_terms, far_rows, unreadable_rows)
     chips = None, (32, 1, 0), (64, 2, 40)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
