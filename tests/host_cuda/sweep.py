@@ -447,7 +447,7 @@ def far_rows_and_masks(module, chip):
     vocab, rng = 700, np.random.default_rng(0)
     lowest = float(np.finfo(np.float32).min)
     near = rng.normal(0, 2, vocab)
-    rows = {f"{offset:g} off": near + offset for offset in (3e4, -3e4, 1.8e5, -1.8e5, 2e5, -2e5)}
+    rows = {f"{offset:g} off": near + offset for offset in (3e4, 1.8e5, -1.8e5, 2e5, 3e6, -3e6)}
     rows |= {f"all {x:g}": np.full(vocab, x) for x in (1e6, -1e9, 1e30, -1e30, lowest, -lowest / 2)}
     for mask in (-1e4, -1e9, -1e30, lowest):
         for kept in (1, 5, vocab // 8, vocab - 1):
@@ -471,6 +471,20 @@ def far_rows_and_masks(module, chip):
             close(f"{case}, logprob", logprobs[0], logp, 2e-6 + 3e-7 * gap[token], 1e-6)
             want = (softmax(d) - (np.arange(vocab) == token)) / t
             close(f"{case}, gradient", matrix.matrix()[0], want, 2e-6 + 3e-7 * gap, 3e-7 / t)
+
+
+def rows_of_two_lengths(module, chip):
+    """By their phase rows have 127 or 128 whole vectors, which is where a warp's share ends, and one block has them all."""
+    n, vocab = 6, 513
+    module.configure(1, 1 << 20)
+    for descending in (False, True):
+        module.set(descending=descending)
+        logits = Matrix.of(np.random.default_rng(0).normal(0, 1, (n, vocab)))
+        x = logits.matrix()
+        logits.guard([False] * n)
+        one_pass(module, logits.arg, logits.arg, asked_for(module, np.zeros(n, np.int64), vocab), chip)
+        logits.guard([False] * n, on=False)
+        close("grad", logits.matrix(), softmax(x) - (np.arange(vocab) == 0), 1e-5, 1e-6)
 
 
 def surest_target(module, chip):
@@ -514,6 +528,10 @@ def with_terms(module, chip):
         loss, grad = one_token([mask, 3.0, mask], 1, temperature=0.5, z_loss=0.5, entropy=True, entropy_coef=1.0)
         close("others masked, z-loss", loss, 0.5 * 6.0**2, 1e-6)
         close("others masked, z-loss, gradient", grad, [0, 2 * 6.0, 0], 1e-6)
+    for mask in (-1e4, -1e6, -1e9):  # a mask's distance is a mask away from the rest, too
+        loss, grad = one_token([mask, 3.0, mask], 1, label_smoothing=0.5)
+        close("others masked, smoothed", loss, 0.5 * (3 - mask) * 2 / 3, 1e-6)
+        close("others masked, smoothed, gradient", grad, [-1 / 6, 1 / 6 + 1 / 6, -1 / 6], 1e-6)
 
     def two_phase(coefficients, upstream, token=0):
         rows, table = (
@@ -540,7 +558,7 @@ def with_terms(module, chip):
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
-    quick = (extremes, lone_class, sure_targets, far_rows_and_masks, surest_target, with_terms, far_rows, unreadable_rows)
+    quick = (extremes, lone_class, sure_targets, far_rows_and_masks, rows_of_two_lengths, surest_target, with_terms, far_rows, unreadable_rows)
     chips = None, (32, 1, 0), (64, 2, 40)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
