@@ -103,7 +103,11 @@ BUGS = {
     "head peeled to 8 bytes": ("cuda/two_sweeps.cuh", "% 16 / sizeof(T)", "% 8 / sizeof(T)"),
     "phases taken for equal": ("cuda/two_sweeps.cuh", "skewed ? load_skewed(p, skew)", "false ? load_skewed(p, skew)"),
     "skewed loads beyond the row": ("cuda/two_sweeps.cuh", "if (skew) span.shrink();", ""),
-    "sum not rescaled": ("cuda/sums.cuh", "void rescale(float, float factor) { sum *= factor; }", "void rescale(float, float) {}"),
+    "sum not rescaled": (
+        "cuda/sums.cuh",
+        "void rescale(float, float factor) { sum *= factor; }",
+        "void rescale(float, float) {}",
+    ),
     "maximum starts at -inf": ("cuda/transform.cuh", "kFloor = -3.402823466e+38f", "kFloor = -INFINITY"),
     "int32 row offset": ("cuda/row.cuh", "+ rows.offset(row)", "+ static_cast<int>(rows.offset(row))"),
     "int32 target": ("cuda/row.cuh", "const int64_t target = targets", "const int32_t target = targets"),
@@ -272,7 +276,11 @@ BUGS = {
         "single() && sum_ == 0.f ? target_ : all.max",
         "all.max",
     ),
-    "lead ignored in the dense elements": ("cuda/plain_row.cuh", "return fmaxf(maximum_, target_);", "return maximum_;"),
+    "lead ignored in the dense elements": (
+        "cuda/plain_row.cuh",
+        "return fmaxf(maximum_, target_);",
+        "return maximum_;",
+    ),
     "lead ignored with terms": ("cuda/terms_row.cuh", "single() ? fmaxf(maximum_, target_) : maximum_", "maximum_"),
     "lead ignored in the moment": ("loss.h", "moment - times(out.lead, sum)", "moment"),
     "target left out of the moment": ("loss.h", " + times(out.own, out.behind);", ";"),
@@ -309,7 +317,11 @@ BUGS = {
         "row_seen(z.level(maximum_) * z.scale + softmax_.lead, softmax_",
     ),
     # on chip: copies and waits
-    "wait one group short": ("cuda/on_chip.cuh", "wait_copies<kGroups - 1>();\n#pragma", "wait_copies<kGroups>();\n#pragma"),
+    "wait one group short": (
+        "cuda/on_chip.cuh",
+        "wait_copies<kGroups - 1>();\n#pragma",
+        "wait_copies<kGroups>();\n#pragma",
+    ),
     "groups not filled up": ("cuda/on_chip.cuh", "for (int c = chunks_; c < kGroups; ++c) commit_copies();", ""),
     "no group closed in sweep 1": ("cuda/on_chip.cuh", "[] { commit_copies(); }", "[] {}"),
     "a chunk's group left open": (
@@ -343,7 +355,11 @@ BUGS = {
     "announced beyond the row": ("cuda/on_chip.cuh", "16 * min_of(vectors, share.vectors)", "16 * vectors"),
     "a hint beyond the row": ("cuda/on_chip.cuh", "16 * min_of(rest, kRestAhead)", "16 * kRestAhead"),
     # on chip: masks, edges and the rest
-    "the last row's mask": ("cuda/kernels.cuh", "row_to_read(next_slot, i + gridDim.x)", "row_to_read(slot, i + gridDim.x)"),
+    "the last row's mask": (
+        "cuda/kernels.cuh",
+        "row_to_read(next_slot, i + gridDim.x)",
+        "row_to_read(slot, i + gridDim.x)",
+    ),
     "a masked row copied": ("cuda/kernels.cuh", "i < n && problem.reads(token(slot, i)) ?", "i < n ?"),
     "a whole chunk at the row's end": ("cuda/on_chip.cuh", "warp - kPiece + step)", "warp - 1 + step)"),
     "the last chunk left out": ("cuda/on_chip.cuh", "warp - 1 + step)", "warp - kPiece + step)"),
@@ -352,7 +368,11 @@ BUGS = {
         "next ? min_of(share.whole, coming.whole) : share.whole",
         "share.whole",
     ),
-    "this row's end taken for the next one's": ("cuda/on_chip.cuh", "min_of(share.whole, coming.whole)", "coming.whole"),
+    "this row's end taken for the next one's": (
+        "cuda/on_chip.cuh",
+        "min_of(share.whole, coming.whole)",
+        "coming.whole",
+    ),
     "edges left out": ("cuda/on_chip.cuh", "if (edge >= 0 && edge != left_out)", "if (false)"),
     "target at the edge added": ("cuda/on_chip.cuh", "if (edge >= 0 && edge != left_out)", "if (edge >= 0)"),
     "edges not mapped": (
@@ -360,13 +380,25 @@ BUGS = {
         "if (static_cast<int>(threadIdx.x) < share.edges) {\n            const int edge = share.edge",
         "if (false) {\n            const int edge = share.edge",
     ),
-    "the rest not summed": ("cuda/on_chip.cuh", "            chunks_, share.some,\n", "            share.some, share.some,\n"),
+    "the rest not summed": (
+        "cuda/on_chip.cuh",
+        "            chunks_, share.some,\n",
+        "            share.some, share.some,\n",
+    ),
     "the rest not mapped": ("cuda/on_chip.cuh", "c >= chunks_; --c", "c > chunks_; --c"),
     "slots mapped in another phase": ("cuda/kernels.cuh", "&& skew_of<T>(logits, grad) == 0", ""),
     # on chip: the target
     "target's chunk taken whole": ("cuda/on_chip.cuh", "near ? left_out_vector >> log_step_ : -1;", "-1;"),
-    "target's vector added": ("cuda/on_chip.cuh", " && c * share.step + share.first + u * kWarp != left_out_vector;", ";"),
-    "target added with its vector": ("cuda/on_chip.cuh", "            if (i != left_out) add_to(", "            if (true) add_to("),
+    "target's vector added": (
+        "cuda/on_chip.cuh",
+        " && c * share.step + share.first + u * kWarp != left_out_vector;",
+        ";",
+    ),
+    "target added with its vector": (
+        "cuda/on_chip.cuh",
+        "            if (i != left_out) add_to(",
+        "            if (true) add_to(",
+    ),
     "target's logit from its neighbour": ("cuda/on_chip.cuh", "found = x[i];", "found = x[i ^ 1];"),
     "target by another warp": ("cuda/on_chip.cuh", "/ kPiece * kWarp + v % kWarp;", "% kWarp;"),
     "one place for the targets of all rows": ("cuda/kernels.cuh", "shared.target[turn]", "shared.target[0]"),
@@ -376,16 +408,28 @@ BUGS = {
     "a far target folded": ("cuda/row.cuh", " && Folded<Z>(z, top).near();", ";"),
     "a row without mass folded": ("cuda/row.cuh", "return sum != 0.f && ", "return "),
     "far further out": ("cuda/sums.cuh", "kFar = 262144.f", "kFar = 268435456.f"),
-    "the top's rounding left in the sums": ("cuda/on_chip.cuh", "sums_.rescale(-exponent_.excess(), exponent_.correction());", ""),
+    "the top's rounding left in the sums": (
+        "cuda/on_chip.cuh",
+        "sums_.rescale(-exponent_.excess(), exponent_.correction());",
+        "",
+    ),
     "the top's rounding left in the gradient": ("cuda/plain_row.cuh", " * exponent.correction();", ";"),
     "maximum of half a vector": ("cuda/vector.cuh", "larger(v.z, v.w)", "larger(v.x, v.y)"),
     # on chip: numbers of the tokens ahead
     "numbers over this token's": ("cuda/kernels.cuh", "fetch_token(last_slot, i + 2", "fetch_token(slot, i + 2"),
-    "numbers over the next token's": ("cuda/kernels.cuh", "fetch_token(last_slot, i + 2", "fetch_token(next_slot, i + 2"),
+    "numbers over the next token's": (
+        "cuda/kernels.cuh",
+        "fetch_token(last_slot, i + 2",
+        "fetch_token(next_slot, i + 2",
+    ),
     "numbers one row ahead": ("cuda/kernels.cuh", "i + 2 * int64_t{gridDim.x}", "i + int64_t{gridDim.x}"),
     "numbers beyond the last row": ("cuda/kernels.cuh", "if (i < n) ring.fetch(slot, i);", "ring.fetch(slot, i);"),
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
-    "no barrier in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n            __syncthreads();", "            chip.wait_first();"),
+    "no barrier in a masked row": (
+        "cuda/kernels.cuh",
+        "            chip.wait_first();\n            __syncthreads();",
+        "            chip.wait_first();",
+    ),
     "targets of 32 bits at the places of 64": (
         "cuda/token_ring.cuh",
         "reinterpret_cast<int32_t*>(indices_) + slot",

@@ -10,22 +10,22 @@
 
 namespace fused_losses {
 
-// 16 bytes from global to shared memory, past registers and L1. Only the thread that asked may read them, and only after
-// wait_copies: what it then sees needs no barrier and no fence.
+// 16 bytes from global to shared memory, past registers and L1. Only the thread that asked may read them, and only
+// after wait_copies: what it then sees needs no barrier and no fence.
 __device__ __forceinline__ void copy_async(uint4* shared, const uint4* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(global)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
 }
 
 // The same of one number of 4 or 8 bytes.
 template <class Number>
 __device__ __forceinline__ void copy_async(Number* shared, const Number* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-                 "l"(global), "n"(sizeof(Number))
-                 : "memory");
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global), "n"(sizeof(Number))
+        : "memory");
 }
 
 // Ends a group of this thread's copies; it may be empty.

@@ -1,8 +1,7 @@
-#include "device.h"
-
 #include <atomic>
 #include <stdexcept>
 
+#include "device.h"
 #include "runtime.h"
 
 namespace fused_losses {

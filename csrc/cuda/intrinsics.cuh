@@ -1,6 +1,6 @@
 // The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, 1/x and
-// shared memory. The kernels use nothing of CUDA beside this, async.cuh, thread indices, barriers and shuffles, so that tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its
-// meaning.
+// shared memory. The kernels use nothing of CUDA beside this, async.cuh, thread indices, barriers and shuffles, so that
+// tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its meaning.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The stages over V: a row's business (plain_row.cuh, terms_row.cuh) walked by an engine (two_sweeps.cuh, on_chip.cuh), one
-// block per row.
+// The stages over V: a row's business (plain_row.cuh, terms_row.cuh) walked by an engine (two_sweeps.cuh, on_chip.cuh),
+// one block per row.
 #pragma once
 
 #include "on_chip.cuh"
@@ -62,9 +62,13 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
     const Problem& problem = ring.problem;
     const int64_t n = p.logits.n;
     const int vocab = static_cast<int>(p.logits.vocab);
+    const auto row_of = [](const Rows& rows,
+                           int64_t i) {  // in most tensors without its divisions: a hundred instructions
+        return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i));
+    };
     const auto token = [&](int slot, int64_t i) -> int64_t { return Row::kSingle || ring.single() ? slot : i; };
     const auto row_to_read = [&](int slot, int64_t i) -> const T* {
-        return i < n && problem.reads(token(slot, i)) ? row_pointer<T>(p.logits, i) : nullptr;
+        return i < n && problem.reads(token(slot, i)) ? row_of(p.logits, i) : nullptr;
     };
     const auto fetch_token = [&](int slot, int64_t i) {
         if (i < n) ring.fetch(slot, i);
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         chip.announce(next, vocab, params.announced);
         if (logits) row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
         if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
-        T* const grad = row_pointer<T>(p.grad, i);
+        T* const grad = row_of(p.grad, i);
         const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
         if (!from_slots) chip.fetch(next, vocab);
         if (idle)

@@ -70,9 +70,11 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
     const DeviceLimits limits = device_limits();
     const int64_t bytes = rows.vocab * element_bytes / kVector * kVector;  // at most, of vectors, in any phase
     if (bytes < kShort || limits.shared_bytes < kSmall || rows.vocab > INT_MAX) return {};
-    const auto chunks_of = [](int threads, int64_t bytes) { return static_cast<int>(over(bytes, chunk_bytes(threads))); };
-    const int64_t several = std::min<int64_t>(limits.shared_bytes_of_multiprocessor / (bytes + scratch + kReserved),
-                                              resident / kOfSeveral);
+    const auto chunks_of = [](int threads, int64_t bytes) {
+        return static_cast<int>(over(bytes, chunk_bytes(threads)));
+    };
+    const int64_t several =
+        std::min<int64_t>(limits.shared_bytes_of_multiprocessor / (bytes + scratch + kReserved), resident / kOfSeveral);
     if (several > 1 && chunks_of(kOfSeveral, bytes) <= kGroups)
         return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes)};
     const int64_t room = limits.shared_bytes - scratch;
@@ -89,8 +91,8 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     const int64_t slots = std::min<int64_t>(p.logits.vocab / kWidth<T>, int64_t{kSlots} * s.chunks * s.threads);
     int log_step = 0;
     while (1 << log_step < kSlots * s.threads) ++log_step;
-    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, sizeof(OnChipShared<Row>) + slots * kVector, stream,
-          OnChipParams{p, log_step, s.chunks, announced});
+    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, sizeof(OnChipShared<Row>) + slots * kVector,
+          stream, OnChipParams{p, log_step, s.chunks, announced});
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
@@ -143,8 +145,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
         for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
-            const OnChipShape chip =
-                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>));
+            const OnChipShape chip = on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>));
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.rows, stream);
             const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);

@@ -1,5 +1,5 @@
-// An engine: a row lives on one multiprocessor. Its vectors are copied once from memory to shared memory and swept twice
-// there; what does not fit is read twice, the second time from L2.
+// An engine: a row lives on one multiprocessor. Its vectors are copied once from memory to shared memory and swept
+// twice there; what does not fit is read twice, the second time from L2.
 //
 //     sweep 1    waits for the oldest copies, chunk by chunk
 //     sweep 2    copies the next row into each slot that it has emptied
@@ -15,8 +15,8 @@
 // The copies alone keep memory busy. A load into a register that is issued ahead does not: it holds one of a warp's six
 // scoreboards, which the loops need, and the first to wait for that one waits for the load.
 //
-// Edges, phases and the order of sums are as in two_sweeps.cuh: a warp takes the vectors of a chunk one by one where the
-// row ends or an element is left out, and no other warp does.
+// Edges, phases and the order of sums are as in two_sweeps.cuh: a warp takes the vectors of a chunk one by one where
+// the row ends or an element is left out, and no other warp does.
 #pragma once
 
 #include "async.cuh"
@@ -25,7 +25,7 @@
 
 namespace fused_losses {
 
-constexpr int kSlots = 4;   // of a thread per chunk: what a sweep holds in registers at a time
+constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in registers at a time
 constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
 
 // As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
@@ -93,9 +93,7 @@ class FoldedOnline {
         exponent_ = risen;
         max_ = max;
     }
-    __device__ __forceinline__ void add_to(Sums& sums, float x) const {
-        sums.add(exponent_(z_.level(x)));
-    }
+    __device__ __forceinline__ void add_to(Sums& sums, float x) const { sums.add(exponent_(z_.level(x))); }
 
     const Z z_;
     float max_;
@@ -113,8 +111,7 @@ struct Share : Span<T> {
     int whole;  // chunks of which this warp has all its vectors
     int some;   // of which it has some
 
-    __device__ __forceinline__ Share(const T* row, int vocab, int log_step)
-        : Span<T>(row, vocab), step(1 << log_step) {
+    __device__ __forceinline__ Share(const T* row, int vocab, int log_step) : Span<T>(row, vocab), step(1 << log_step) {
         const int warp = threadIdx.x / kWarp * kPiece;
         first = warp + threadIdx.x % kWarp;
         whole = (this->vectors - warp - kPiece + step) >> log_step;  // not negative: a warp's piece is within a chunk
@@ -159,8 +156,8 @@ class OnChip {
         prefetch(row + share.head, 16 * min_of(vectors, share.vectors));
     }
 
-    // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1. Who
-    // owns that element writes its logit.
+    // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1.
+    // Who owns that element writes its logit.
     template <class Sums, class Z>
     __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit) const {
         const Share<T> share = share_of(row, vocab);
@@ -195,7 +192,7 @@ class OnChip {
         };
         walk(
             0, chunks_,
-            [&](int c, uint4 (&raw)[kSlots], auto inside) {
+            [&](int c, uint4(&raw)[kSlots], auto inside) {
                 // Groups that were closed after chunk c's: those behind it in its row, and c of this sweep.
                 wait_copies<kGroups - 1>();
 #pragma unroll
@@ -204,7 +201,7 @@ class OnChip {
             [] { commit_copies(); });
         walk(
             chunks_, share.some,
-            [&](int c, uint4 (&raw)[kSlots], auto inside) {
+            [&](int c, uint4(&raw)[kSlots], auto inside) {
 #pragma unroll
                 for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? load(rest + c * share.step + u * kWarp) : uint4{};
             },
@@ -212,10 +209,11 @@ class OnChip {
         if (edge >= 0 && edge != left_out) acc.add(of_edge);
         if (owns) {
             const int c = left_out_vector >> log_step_, u = left_out_vector % Share<T>::kPiece / kWarp;
-            logit = left_out_vector < 0 ? of_edge
-                                        : acc.template add_without<T>(
-                                              c < chunks_ ? read_slot(slot(c, u)) : load(rest + c * share.step + u * kWarp),
-                                              (left_out - share.head) % kWidth<T>);
+            logit = left_out_vector < 0
+                        ? of_edge
+                        : acc.template add_without<T>(
+                              c < chunks_ ? read_slot(slot(c, u)) : load(rest + c * share.step + u * kWarp),
+                              (left_out - share.head) % kWidth<T>);
         }
         return acc.all();
     }
@@ -245,7 +243,8 @@ class OnChip {
         }
         const uint4* const from = vectors_of(next, coming);
         int c = 0;
-        for (const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole); c < whole; ++c) {
+        for (const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole); c < whole;
+             ++c) {
             map_slots(c, to + c * share.step, f, [](int) { return true; });
             if (next) {
 #pragma unroll
@@ -274,9 +273,7 @@ class OnChip {
     static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
     }
-    __device__ __forceinline__ uint4* slot(int c, int u) const {
-        return slots_ + ((c << log_step_) + u * kWarp);
-    }
+    __device__ __forceinline__ uint4* slot(int c, int u) const { return slots_ + ((c << log_step_) + u * kWarp); }
     __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, int c) const {
 #pragma unroll
         for (int u = 0; u < kSlots; ++u)

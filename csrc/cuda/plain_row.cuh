@@ -16,8 +16,8 @@ class PlainRow {
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
 
-    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row, int vocab,
-                                        const float*, int64_t)
+    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
+                                        int vocab, const float*, int64_t)
         : z(Identity::of(0.f, transform.inverse_temperature(token))),
           left_out(target_index(targets, token, vocab)),
           token_(token),

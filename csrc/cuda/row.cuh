@@ -1,5 +1,6 @@
 // What the two kinds of rows have in common. A row says what is summed of its elements and what is sent back to them;
-// no loop over elements is here, and no loss: an engine (two_sweeps.cuh, on_chip.cuh) walks, and loss.h has the maths of a token.
+// no loop over elements is here, and no loss: an engine (two_sweeps.cuh, on_chip.cuh) walks, and loss.h has the maths
+// of a token.
 //
 // A kind of row offers, to kernels.cuh and tokens.cuh:
 //

@@ -1,5 +1,5 @@
-// The launch itself, and what is asked of the CUDA runtime beside it. tests/host_cuda runs all of it against a runtime of
-// its own.
+// The launch itself, and what is asked of the CUDA runtime beside it. tests/host_cuda runs all of it against a runtime
+// of its own.
 #pragma once
 
 #include <stdint.h>

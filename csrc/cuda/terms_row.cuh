@@ -40,8 +40,8 @@ class TermsRow {
     const int left_out;  // the single target; -1 if it is outside [0, V), or of several
 
     // logits: the targets', (K, n).
-    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row, int vocab,
-                                        const float* logits, int64_t n)
+    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
+                                        int vocab, const float* logits, int64_t n)
         : z(Z::of(transform.softcap, transform.inverse_temperature(token))),
           left_out(targets.single() ? target_index(targets, token, vocab) : -1),
           targets_(targets),
@@ -151,9 +151,9 @@ class TermsRow {
         const Z by = z;
         const Exponent<Z> exponent(z, raw_top());
         const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
-        const float excess = exponent.excess(), inverse_t = z.inverse_temperature() * exponent.correction();
-        const float slope = inverse_t * kLn2 * d.slope, constant = inverse_t * d.constant - times(slope, excess);
-        const float offset = z.inverse_temperature() * d.offset;
+        const float inverse_t = z.inverse_temperature(), factor = inverse_t * exponent.correction();
+        const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
+        const float constant = factor * d.constant - times(slope, exponent.excess());
         return [=](float x) {
             const float level = by.level(x), of_e = fmaxf(exponent(level), kLowestExponent);
             return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);

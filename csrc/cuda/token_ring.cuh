@@ -1,5 +1,5 @@
-// The numbers of the tokens whose rows come next, in shared memory: copied two rows ahead, as a plain load that is wanted
-// at once makes a block wait for L2 or DRAM, and one that is issued ahead makes its loops wait (on_chip.cuh).
+// The numbers of the tokens whose rows come next, in shared memory: copied two rows ahead, as a plain load that is
+// wanted at once makes a block wait for L2 or DRAM, and one that is issued ahead makes its loops wait (on_chip.cuh).
 #pragma once
 
 #include "../problem.h"
@@ -22,20 +22,12 @@ class TokenRing {
         targets_ = given.targets;
         if (!given.targets.single()) return;
         Terms& terms = problem.terms;
-        Column* const columns[kColumns] = {&problem.inputs[0],
-                                           &problem.inputs[1],
-                                           &problem.inputs[2],
-                                           &problem.inputs[3],
-                                           &problem.inputs[4],
-                                           &problem.inputs[5],
-                                           &problem.inputs[6],
-                                           &problem.weights,
-                                           &problem.transform.temperature,
-                                           &terms.importance_weights,
-                                           &terms.ref_logprobs,
-                                           &terms.kl_coef,
-                                           &terms.entropy_coef,
-                                           &terms.log_ratio_clamp};
+        Column* const columns[kColumns] = {
+            &problem.inputs[0],        &problem.inputs[1],    &problem.inputs[2],
+            &problem.inputs[3],        &problem.inputs[4],    &problem.inputs[5],
+            &problem.inputs[6],        &problem.weights,      &problem.transform.temperature,
+            &terms.importance_weights, &terms.ref_logprobs,   &terms.kl_coef,
+            &terms.entropy_coef,       &terms.log_ratio_clamp};
         static_assert(kMaxInputs == 7, "the inputs above");
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {

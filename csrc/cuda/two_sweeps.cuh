@@ -70,23 +70,19 @@ struct Span {
 template <class T, class Sums, class Z, class Inside>
 __device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vectors, const Z& z, Inside inside) {
     uint4 raw[kUnroll];
-    float x[kWidth<T>];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
         raw[u] = inside(u) ? load(vectors + u * blockDim.x) : uint4{};  // left unset, it would stay live over rows
-    float max = acc.max;
+    PackedMax<T> max;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-        if (!inside(u)) continue;
-        unpack<T>(raw[u], x);
-#pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) max = fmaxf(max, x[i]);
-    }
-    const float top = acc.rescale(max, z);
+    for (int u = 0; u < kUnroll; ++u)
+        if (inside(u)) max.add(raw[u]);
+    const float top = acc.rescale(max.with(acc.max), z);
     Sums chunk;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         if (!inside(u)) continue;
+        float x[kWidth<T>];
         unpack<T>(raw[u], x);
         Sums sums;
 #pragma unroll

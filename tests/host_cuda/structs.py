@@ -139,7 +139,6 @@ class Module:
         self._library.add_device(multiprocessors, l2_bytes, *shared, *capability)
         self.set(descending=descending)
 
-
     # The runtime's stand-in
 
     def unusable(self, device: int) -> str:

@@ -346,7 +346,9 @@ def extremes(module, chip):
 
     def expect(what, loss, grad, logp, *, token=0, **options):
         rows = Matrix.of([x])
-        got, _, logprobs = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options), chip)
+        got, _, logprobs = one_pass(
+            module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options), chip
+        )
         close(what + " loss", got[0], loss, 1e-5)
         close(what + " grad", rows.matrix()[0], grad, 1e-5)
         close(what + " logprob", logprobs[0], logp, 1e-5)
@@ -558,7 +560,17 @@ def with_terms(module, chip):
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
-    quick = (extremes, lone_class, sure_targets, far_rows_and_masks, rows_of_two_lengths, surest_target, with_terms, far_rows, unreadable_rows)
+    quick = (
+        extremes,
+        lone_class,
+        sure_targets,
+        far_rows_and_masks,
+        rows_of_two_lengths,
+        surest_target,
+        with_terms,
+        far_rows,
+        unreadable_rows,
+    )
     chips = None, (32, 1, 0), (64, 2, 40)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
