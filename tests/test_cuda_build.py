@@ -33,7 +33,7 @@ MOST = {
     "Identity": {"sum": 11.5, "map": 9, "skewed map": 12.5, "zero": 2},
     "Softcap": {"sum": 30.5, "map": 27.5, "skewed map": 31.5, "zero": 2},
 }
-# Of the kernel that has a row on chip: of both its sweeps there, which are what it spends its time on, and of the others.
+# Of the kernel that has a row on chip: of both sweeps there, which is where its time goes, and of all other loops.
 ON_CHIP = {"": {"float": 12, "bfloat16": 11.5, "float16": 11.5}, "Identity": 17, "Softcap": 51.5}
 OTHERS = {
     "": {"sum": 7.5, "map": 8, "skewed map": 11, "zero": 1.5},

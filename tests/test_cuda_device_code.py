@@ -153,8 +153,8 @@ BUGS = {
     ),
     "rows beyond the grid": (
         "cuda/kernels.cuh",
-        "i < p.logits.n; i += gridDim.x) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.logprobs",
-        "i < p.logits.n; i += p.logits.n) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.logprobs",
+        "i < p.logits.n; i += gridDim.x) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.log",
+        "i < p.logits.n; i += p.logits.n) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.log",
     ),
     "ignored tokens in the normaliser": ("cuda/tokens.cuh", "return p.targets.ignored(row) ? 0.f :", "return"),
     "g without its clip": ("objectives.h", "-ceiling * advantage, 0.f}", "-ceiling * advantage, -ratio * advantage}"),

@@ -476,7 +476,7 @@ def far_rows_and_masks(module, chip):
 
 
 def rows_of_two_lengths(module, chip):
-    """By their phase rows have 127 or 128 whole vectors, which is where a warp's share ends, and one block has them all."""
+    """By its phase a row has 127 vectors or 128, which is where a warp's share ends, and one block has them all."""
     n, vocab = 6, 513
     module.configure(1, 1 << 20)
     for descending in (False, True):
