@@ -59,7 +59,7 @@ __device__ __forceinline__ uint32_t to_float16x2(float low, float high) {
     return pair;
 }
 
-// The larger of each half, of two numbers the one that is not NaN.
+// The larger of each half, and the smaller: of two numbers the one that is not NaN.
 __device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
     uint32_t larger;
     asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
@@ -69,6 +69,17 @@ __device__ __forceinline__ uint32_t max_float16x2(uint32_t a, uint32_t b) {
     uint32_t larger;
     asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
     return larger;
+}
+
+__device__ __forceinline__ uint32_t min_bfloat16x2(uint32_t a, uint32_t b) {
+    uint32_t smaller;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+    return smaller;
+}
+__device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
+    uint32_t smaller;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+    return smaller;
 }
 
 // The block's shared memory, of which the launch asked for sizeof(S); not initialised.

@@ -88,10 +88,11 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
         Row row(problem.targets, problem.transform, token(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         bool near = true;
+        uint32_t costly = 0;
         if (logits) {
             float& target = shared.target[turn];
             row.read_several_targets(logits, p.logprobs.data);
-            const Online<Sums> mine = chip.template sum<Sums>(logits, vocab, row.left_out, row.z, target);
+            const Online<Sums> mine = chip.template sum<Sums>(logits, vocab, row.left_out, row.z, target, costly);
             const Online<Sums> all = row.gather(mine, shared.row, turn);
             row.take_target(target);
             row.see(all);
@@ -113,7 +114,9 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         if (idle)
             zero_row(grad, vocab);
         else if (from_slots)
-            row.write_targets(grad, chip.map(logits, grad, vocab, next, row.template dense<Folded>()));
+            row.write_targets(grad, chip.template map<decltype(row.z)>(logits, grad, vocab, next,
+                                                                       row.template dense<Folded>(),
+                                                                       row.template dense<Folded, true>(), costly));
         else
             row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<FoldedIfNear>()));
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);

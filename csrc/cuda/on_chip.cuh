@@ -34,7 +34,7 @@ template <class Sums, class Z>
 class FoldedOnline {
   public:
     __device__ __forceinline__ explicit FoldedOnline(const Z& z)
-        : z_(z), max_(z.logit_at(-2.f * Folded<Z>::kFar)), exponent_(z, max_) {}
+        : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), from_(start()), exponent_(z, from_) {}
 
     // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk.
     template <class T, class Inside>
@@ -44,22 +44,28 @@ class FoldedOnline {
         for (int u = 0; u < kSlots; ++u)
             if (inside(u)) max.add(vectors[u]);
         rise(max.with(max_));
-        Sums chunk;
+        add_levels<T>(vectors, inside, [&](float x) { return z_.level(x); });
+    }
+    // The same of all vectors if their levels are cheap in all threads of the warp; else nothing, and false.
+    template <class T>
+    __device__ __forceinline__ bool add_cheap(const uint4 (&vectors)[kSlots]) {
+        PackedMax<T> max;
+        PackedMin<T> min;
 #pragma unroll
         for (int u = 0; u < kSlots; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(vectors[u], x);
-            Sums sums;
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, x[i]);
-            chunk += sums;
+            max.add(vectors[u]);
+            min.add(vectors[u]);
         }
-        sums_ += chunk;
+        const float most = max.with(kFloor);
+        const bool cheap = z_.cheap(min.of(), most) && z_.little_above(most, from_);
+        if (__any_sync(kFullMask, !cheap)) return false;
+        max_ = fmaxf(max_, most);
+        add_levels<T>(vectors, [](int) { return true; }, [&](float x) { return z_.cheap_level(x); });
+        return true;
     }
     __device__ __forceinline__ void add(float x) {
         rise(fmaxf(max_, x));
-        add_to(sums_, x);
+        add_to(sums_, z_.level(x));
     }
     // A vector without element left_out, whose logit is returned.
     template <class T>
@@ -76,27 +82,51 @@ class FoldedOnline {
         rise(max);
 #pragma unroll
         for (int i = 0; i < kWidth<T>; ++i)
-            if (i != left_out) add_to(sums_, x[i]);
+            if (i != left_out) add_to(sums_, z_.level(x[i]));
         return found;
     }
 
     __device__ __forceinline__ Online<Sums> all() {
+        if constexpr (Z::kCostly) rise(max_);
         sums_.rescale(-exponent_.excess(), exponent_.correction());
         return {max_, sums_};
     }
 
   private:
+    __device__ __forceinline__ float start() const {
+        if constexpr (Z::kCostly) {
+            return z_.start();
+        } else {
+            return max_;
+        }
+    }
+    template <class T, class Inside, class Level>
+    __device__ __forceinline__ void add_levels(const uint4 (&vectors)[kSlots], Inside inside, Level level) {
+        Sums chunk;
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            if (!inside(u)) continue;
+            float x[kWidth<T>];
+            unpack<T>(vectors[u], x);
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, level(x[i]));
+            chunk += sums;
+        }
+        sums_ += chunk;
+    }
     __device__ __forceinline__ void rise(float max) {
         const Folded<Z> risen(z_, max);
         const float exponent = exponent_.top() - risen.top();
         sums_.rescale(exponent, exp2_approx(exponent));
         exponent_ = risen;
-        max_ = max;
+        max_ = from_ = max;
     }
-    __device__ __forceinline__ void add_to(Sums& sums, float x) const { sums.add(exponent_(z_.level(x))); }
+    __device__ __forceinline__ void add_to(Sums& sums, float level) const { sums.template add<Z>(exponent_(level)); }
 
     const Z z_;
     float max_;
+    float from_;  // what exponents are counted from: the maximum, or where levels are costly what it was a while ago
     Folded<Z> exponent_;
     Sums sums_;
 };
@@ -157,9 +187,10 @@ class OnChip {
     }
 
     // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1.
-    // Who owns that element writes its logit.
+    // Who owns that element writes its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
     template <class Sums, class Z>
-    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit) const {
+    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit,
+                                                 uint32_t& costly) const {
         const Share<T> share = share_of(row, vocab);
         const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
         const bool owns = left_out >= 0 && thread == share.owner(left_out);
@@ -177,10 +208,15 @@ class OnChip {
                 const int stop = min_of(end, c <= apart ? apart : share.whole);
                 for (; c < stop; ++c) {
                     read(c, raw, [](int) { return true; });
-                    acc.template add<T>(raw, [](int) { return true; });
+                    if constexpr (Z::kCostly) {
+                        if (!acc.template add_cheap<T>(raw)) break;
+                    } else {
+                        acc.template add<T>(raw, [](int) { return true; });
+                    }
                     done();
                 }
                 if (c == end) break;
+                if (Z::kCostly && c < kBits) costly |= 1u << c;
                 const auto inside = [&](int u) {
                     return share.has(c, u) && c * share.step + share.first + u * kWarp != left_out_vector;
                 };
@@ -220,8 +256,11 @@ class OnChip {
 
     // out_j = f(in_j), out of the slots, and the next row, which may be none, into them. in and out have the same phase
     // and may be the same.
-    template <class F>
-    __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f) const {
+    // cheap: f in the chunks that are cheap to Z.
+    template <class Z, class F, class Cheap>
+    __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f,
+                                            const Cheap& cheap, uint32_t costly) const {
+        const auto is_cheap = [&](int c) { return !Z::kCostly || (c < kBits && !(costly >> c & 1)); };
         const Share<T> share = share_of(out, vocab);
         if (static_cast<int>(threadIdx.x) < share.edges) {
             const int edge = share.edge(threadIdx.x);
@@ -236,23 +275,23 @@ class OnChip {
             const auto all = [](int) { return true; };
             const auto inside = [&](int u) { return share.has(c, u); };
             const auto read = [&](int u) { return load_last(rest + c * share.step + u * kWarp); };
-            if (c < share.whole)
-                map_chunk(read, to + c * share.step, f, all);
+            if (c < share.whole && is_cheap(c))
+                map_chunk(read, to + c * share.step, cheap, all);
             else
                 map_chunk(read, to + c * share.step, f, inside);
         }
         const uint4* const from = vectors_of(next, coming);
-        int c = 0;
-        for (const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole); c < whole;
-             ++c) {
-            map_slots(c, to + c * share.step, f, [](int) { return true; });
-            if (next) {
+        const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
+        for (int c = 0; c < chunks_; ++c) {
+            for (; c < whole && is_cheap(c); ++c) {
+                map_slots(c, to + c * share.step, cheap, [](int) { return true; });
+                if (next) {
 #pragma unroll
-                for (int u = 0; u < kSlots; ++u) copy_async(slot(c, u), from + c * coming.step + u * kWarp);
+                    for (int u = 0; u < kSlots; ++u) copy_async(slot(c, u), from + c * coming.step + u * kWarp);
+                }
+                commit_copies();
             }
-            commit_copies();
-        }
-        for (; c < chunks_; ++c) {
+            if (c == chunks_) break;
             map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
             copy_chunk(coming, from, c);
         }
@@ -262,6 +301,8 @@ class OnChip {
 
   private:
     static constexpr int kRestAhead = 4096;  // vectors, 64 KB: more would push out of L2 what this row still needs
+
+    static constexpr int kBits = 32;  // chunks beyond are few, and taken for costly
 
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 

@@ -87,8 +87,8 @@ class PlainRow {
     // Whether the gradient is 0, for which no logits are read: select, as 0 * NaN is not 0.
     __device__ __forceinline__ bool idle() const { return loss_.by.g == 0.f; }
 
-    // What an element that is no target's gets, of its logit. Exponent: Distance or another.
-    template <template <class> class Exponent>
+    // What an element that is no target's gets, of its logit. Exponent: Distance or another. kCheap: of a logit near 0.
+    template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
         const Exponent<Identity> exponent(z, raw_top());
         const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exponent.correction();

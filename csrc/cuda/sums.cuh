@@ -70,12 +70,12 @@ struct Sum {
 
     // exponent: the old top's, above the new one. factor: 2^exponent
     __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
-    __device__ __forceinline__ void add(float exponent) { sum += exp2_approx(exponent); }
+    template <class Z>
+    __device__ __forceinline__ void add(float exponent) {
+        sum += exp2_approx(exponent);
+    }
     __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
 };
-
-// Of an exponent where it meets e_j, which is 0 there: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
-constexpr float kLowestExponent = -1000.f;
 
 // What losses with terms need beside the sum. All summands have one sign: nothing cancels.
 struct Moments {
@@ -90,10 +90,11 @@ struct Moments {
         sum *= factor;
         drift += count * fmaxf(exponent, kFloor);
     }
+    template <class Z>
     __device__ __forceinline__ void add(float exponent) {
         const float e = exp2_approx(exponent);
         sum += e;
-        moment += e * fmaxf(exponent, kLowestExponent);
+        moment += e * Z::finite(exponent);
         drift += exponent;
         count += 1.f;
     }
@@ -124,7 +125,7 @@ struct Online {
     template <class Z>
     __device__ __forceinline__ void add(float x, const Z& z) {
         const float top = rescale(fmaxf(max, x), z);
-        sums.add(z.exponent(z.level(x) - top));
+        sums.template add<Z>(z.exponent(z.level(x) - top));
     }
 };
 

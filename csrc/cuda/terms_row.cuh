@@ -146,7 +146,7 @@ class TermsRow {
     __device__ __forceinline__ bool idle() const { return loss_.by.none(); }
 
     // e_j (constant + slope d_j) + offset, where d_j is in units of the exponent, times dz_j/dlogits_j.
-    template <template <class> class Exponent>
+    template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
         const Z by = z;
         const Exponent<Z> exponent(z, raw_top());
@@ -155,7 +155,7 @@ class TermsRow {
         const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
         const float constant = factor * d.constant - times(slope, exponent.excess());
         return [=](float x) {
-            const float level = by.level(x), of_e = fmaxf(exponent(level), kLowestExponent);
+            const float level = kCheap ? by.cheap_level(x) : by.level(x), of_e = Z::finite(exponent(level));
             return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);
         };
     }

@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vector
         unpack<T>(raw[u], x);
         Sums sums;
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) sums.add(z.exponent(z.level(x[i]) - top));
+        for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(z.exponent(z.level(x[i]) - top));
         chunk += sums;
     }
     acc.sums += chunk;

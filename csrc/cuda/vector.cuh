@@ -11,6 +11,7 @@ struct bfloat16 {
     static __device__ __forceinline__ float2 unpack(uint32_t pair) { return from_bfloat16x2(pair); }
     static __device__ __forceinline__ uint32_t pack(float low, float high) { return to_bfloat16x2(low, high); }
     static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_bfloat16x2(a, b); }
+    static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_bfloat16x2(a, b); }
 };
 struct float16 {
     static constexpr uint32_t kLowestPair = 0xfc00fc00u;
@@ -18,6 +19,7 @@ struct float16 {
     static __device__ __forceinline__ float2 unpack(uint32_t pair) { return from_float16x2(pair); }
     static __device__ __forceinline__ uint32_t pack(float low, float high) { return to_float16x2(low, high); }
     static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_float16x2(a, b); }
+    static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_float16x2(a, b); }
 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -98,6 +100,33 @@ class PackedMax {
     }
 
     uint32_t max_ = lowest();
+};
+
+template <class T>
+class PackedMin {
+  public:
+    __device__ __forceinline__ void add(const uint4& v) {
+        min_ = smaller(min_, smaller(smaller(v.x, v.y), smaller(v.z, v.w)));
+    }
+    __device__ __forceinline__ float of() const {
+        if constexpr (kWidth<T> == 4) {
+            return __uint_as_float(min_);
+        } else {
+            const float2 pair = T::unpack(min_);
+            return fminf(pair.x, pair.y);
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+        if constexpr (kWidth<T> == 4) {
+            return __float_as_uint(fminf(__uint_as_float(a), __uint_as_float(b)));
+        } else {
+            return T::min(a, b);
+        }
+    }
+
+    uint32_t min_ = 0;  // for what asks how far from 0 the vectors go
 };
 
 // The 16 bytes that start `skew` bytes (1 to 15) into two neighbouring vectors.

@@ -220,6 +220,11 @@ T __shfl_xor_sync(unsigned mask, T value, int operand) {
     return value;
 }
 
+inline int __any_sync(unsigned mask, int predicate) {
+    for (int lane = host_cuda::kWarp / 2; lane > 0; lane /= 2) predicate |= __shfl_xor_sync(mask, predicate, lane);
+    return predicate;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -291,6 +296,15 @@ inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
 inline uint32_t max_float16x2(uint32_t a, uint32_t b) {
     const float2 x = from_float16x2(a), y = from_float16x2(b);
     return to_float16x2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+
+inline uint32_t min_bfloat16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_bfloat16x2(a), y = from_bfloat16x2(b);
+    return to_bfloat16x2(fminf(x.x, y.x), fminf(x.y, y.y));
+}
+inline uint32_t min_float16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_float16x2(a), y = from_float16x2(b);
+    return to_float16x2(fminf(x.x, y.x), fminf(x.y, y.y));
 }
 
 template <class S>
