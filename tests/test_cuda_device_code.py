@@ -175,7 +175,7 @@ BUGS = {
     ),
     "p log p of 0 is NaN": (
         "cuda/sums.cuh",
-        "moment += e * fmaxf(exponent, kLowestExponent);",
+        "moment += e * Z::finite(exponent);",
         "moment += e * exponent;",
     ),
     "drift to several maxima": ("cuda/sums.cuh", "drift += count * fmaxf(exponent, kFloor);", ""),
@@ -188,7 +188,7 @@ BUGS = {
     "softcap left out of the target's slope": ("cuda/terms_row.cuh", "* z.slope(z.level(logit(k))) *", "*"),
     "0 * -inf in the gradient": (
         "cuda/terms_row.cuh",
-        "of_e = fmaxf(exponent(level), kLowestExponent);",
+        "of_e = Z::finite(exponent(level));",
         "of_e = exponent(level);",
     ),
     "mean of z left out of the gradient": ("cuda/terms_row.cuh", "+ offset) *", ") *"),
@@ -326,8 +326,8 @@ BUGS = {
     "no group closed in sweep 1": ("cuda/on_chip.cuh", "[] { commit_copies(); }", "[] {}"),
     "a chunk's group left open": (
         "cuda/on_chip.cuh",
-        "+ c * coming.step + u * kWarp);\n            }\n            commit_copies();",
-        "+ c * coming.step + u * kWarp);\n            }",
+        "+ c * coming.step + u * kWarp);\n                }\n                commit_copies();",
+        "+ c * coming.step + u * kWarp);\n                }",
     ),
     "copied to before it is read": (
         "cuda/on_chip.cuh",
@@ -403,7 +403,7 @@ BUGS = {
     "target by another warp": ("cuda/on_chip.cuh", "/ kPiece * kWarp + v % kWarp;", "% kWarp;"),
     "one place for the targets of all rows": ("cuda/kernels.cuh", "shared.target[turn]", "shared.target[0]"),
     # on chip: the fold
-    "a fold of masks alone": ("cuda/on_chip.cuh", "max_(z.logit_at(-2.f * Folded<Z>::kFar))", "max_(kFloor)"),
+    "a fold of masks alone": ("cuda/on_chip.cuh", "max_(z.floor(2.f * Folded<Z>::kFar))", "max_(kFloor)"),
     "far rows folded": ("cuda/kernels.cuh", "near = row.near();", "near = true;"),
     "a far target folded": ("cuda/row.cuh", " && Folded<Z>(z, top).near();", ";"),
     "a row without mass folded": ("cuda/row.cuh", "return sum != 0.f && ", "return "),
@@ -415,6 +415,22 @@ BUGS = {
     ),
     "the top's rounding left in the gradient": ("cuda/plain_row.cuh", " * exponent.correction();", ";"),
     "maximum of half a vector": ("cuda/vector.cuh", "larger(v.z, v.w)", "larger(v.x, v.y)"),
+    # on chip: cheap levels
+    "a cheap tanh too far": ("cuda/transform.cuh", "inverse_softcap <= 0.5625f", "inverse_softcap <= 2.f"),
+    "a cheap tanh of half its range": ("cuda/transform.cuh", "fmaxf(most, -least)", "most"),
+    "a cheap tanh of any softcap": (
+        "cuda/transform.cuh",
+        " && inverse_softcap >= 1e-3f && inverse_softcap <= 1e3f;",
+        ";",
+    ),
+    "costly chunks mapped as cheap ones": ("cuda/on_chip.cuh", "&& !(costly >> c & 1)", ""),
+    "a maximum too far above": ("cuda/on_chip.cuh", " && z_.little_above(most, from_);", ";"),
+    "sums from an old maximum": ("cuda/on_chip.cuh", "if constexpr (Z::kCostly) rise(max_);", ""),
+    "sums from 0 on, whatever the softcap": (
+        "cuda/transform.cuh",
+        "return kLog2e * scale <= 60.f ? 0.f : kFloor;",
+        "return 0.f;",
+    ),
     # on chip: numbers of the tokens ahead
     "numbers over this token's": ("cuda/kernels.cuh", "fetch_token(last_slot, i + 2", "fetch_token(slot, i + 2"),
     "numbers over the next token's": (

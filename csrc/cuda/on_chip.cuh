@@ -60,7 +60,7 @@ class FoldedOnline {
         const bool cheap = z_.cheap(min.of(), most) && z_.little_above(most, from_);
         if (__any_sync(kFullMask, !cheap)) return false;
         max_ = fmaxf(max_, most);
-        add_levels<T>(vectors, [](int) { return true; }, [&](float x) { return z_.cheap_level(x); });
+        add_levels<T>(vectors, [](int) { return true; }, z_.cheap_level());
         return true;
     }
     __device__ __forceinline__ void add(float x) {
@@ -190,7 +190,7 @@ class OnChip {
     // Who owns that element writes its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
     template <class Sums, class Z>
     __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit,
-                                                 uint32_t& costly) const {
+                                                uint32_t& costly) const {
         const Share<T> share = share_of(row, vocab);
         const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
         const bool owns = left_out >= 0 && thread == share.owner(left_out);

@@ -29,7 +29,9 @@ struct Identity {
     __device__ __forceinline__ float floor(float exponents) const {
         return fmaxf(-exponents / (kLog2e * scale), kFloor);
     }
-    __device__ __forceinline__ float cheap_level(float x) const { return level(x); }
+    __device__ __forceinline__ auto cheap_level() const {
+        return [](float x) { return x; };
+    }
     // Of an exponent that meets e_j = 0: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
     static __device__ __forceinline__ float finite(float exponent) { return fmaxf(exponent, kLowestExponent); }
 };
@@ -47,19 +49,32 @@ __device__ __forceinline__ float accurate_tanh(float u) {
     return size < 0.625f ? u * w * series + u : copysignf(far, u);
 }
 
-// Where |u| is at most kCheap, to 2 ulp.
-constexpr float kCheap = 0.5625f;
-__device__ __forceinline__ float cheap_tanh(float u) {
-    const float w = u * u;
-    float series = 1.623291895e-02f;
-    series = series * w - 5.256512016e-02f;
-    series = series * w + 1.331907958e-01f;
-    series = series * w - 3.333287537e-01f;
-    return u * w * series + u;
-}
+// tanh(x / softcap) for |x| up to 0.5625 softcap, to 2 ulp; the powers of 1 / softcap are in the coefficients. softcap:
+// from 1e-3 to 1e3, where they are far from what float32 ends at.
+class CheapTanh {
+  public:
+    __device__ __forceinline__ explicit CheapTanh(float inverse_softcap) {
+        const float square = inverse_softcap * inverse_softcap;
+        a_ = inverse_softcap;
+        b_ = -3.333287537e-01f * square * a_;
+        c_ = 1.331907958e-01f * square * square * a_;
+        d_ = -5.256512016e-02f * square * square * square * a_;
+        e_ = 1.623291895e-02f * square * square * square * square * a_;
+    }
+    static __device__ __forceinline__ bool holds(float least, float most, float inverse_softcap) {
+        return fmaxf(most, -least) * inverse_softcap <= 0.5625f && inverse_softcap >= 1e-3f && inverse_softcap <= 1e3f;
+    }
+    __device__ __forceinline__ float operator()(float x) const {
+        const float w = x * x;
+        return x * ((((e_ * w + d_) * w + c_) * w + b_) * w + a_);
+    }
 
-// kCostly: a level is, but less so near 0, where most logits are. The engine on chip looks for chunks that are cheap as a
-// whole, and does without the level of a maximum that can't have risen by more than kRise exponents.
+  private:
+    float a_, b_, c_, d_, e_;
+};
+
+// kCostly: a level is, but less so near 0, where most logits are. The engine on chip looks for chunks that are cheap as
+// a whole, and does without the level of a maximum that can't have risen by more than kRise exponents.
 //
 // z = softcap tanh(x / softcap) / temperature
 struct Softcap {
@@ -75,9 +90,9 @@ struct Softcap {
     __device__ __forceinline__ float slope(float level) const { return 1.f - level * level; }
     __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
-    __device__ __forceinline__ float cheap_level(float x) const { return cheap_tanh(x * inverse_softcap); }
+    __device__ __forceinline__ CheapTanh cheap_level() const { return CheapTanh(inverse_softcap); }
     __device__ __forceinline__ bool cheap(float least, float most) const {
-        return fmaxf(most, -least) * inverse_softcap <= kCheap;
+        return CheapTanh::holds(least, most, inverse_softcap);
     }
     // Whether the exponent at x is that little above the one at `from`: a level rises by at most x / softcap.
     __device__ __forceinline__ bool little_above(float x, float from) const {

@@ -475,6 +475,47 @@ def far_rows_and_masks(module, chip):
             close(f"{case}, gradient", matrix.matrix()[0], want, 2e-6 + 3e-7 * gap, 3e-7 / t)
 
 
+def softcaps(module, chip):
+    """Chunks near 0, far from it on one side or both, and mixed; caps and temperatures at which each is a matter."""
+    module.configure(1, 1 << 20)
+    vocab, rng, token = 900, np.random.default_rng(0), 5
+    normal, few = rng.normal(0, 1, vocab), np.arange(vocab) % 128 == 77
+    shapes = {
+        "near": normal * 0.1, "wide": normal, "high": normal * 0.05 + 0.7, "low": normal * 0.05 - 0.7,
+        "few high": normal * 0.1 + 0.9 * few, "few low": normal * 0.1 - 0.9 * few,
+        "rising": np.linspace(-0.5, 0.5, vocab),
+    }  # fmt: skip
+    for cap, temperature in (
+        (1e-4, 1.0),
+        (1e-4, 1e-5),
+        (0.3, 0.01),
+        (30.0, 1.0),
+        (30.0, 0.1),
+        (1e4, 100.0),
+        (1e6, 1e5),
+    ):
+        for what, shape in shapes.items():
+            x = np.float64(np.float32(shape * cap))
+            matrix = Matrix.of([x])
+            asked = asked_for(
+                module, np.int64([token]), vocab, softcap=cap, temperature=temperature, plain=False,
+                terms_asked=terms(entropy=True, entropy_coef=0.5),
+            )  # fmt: skip
+            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            t, c = np.float64(np.float32(temperature)), np.float64(np.float32(cap))
+            tanh = np.tanh(x / c)
+            d = c * tanh / t - (c * tanh / t).max()
+            p, log_p, is_target = softmax(d), d - np.log(np.exp(d).sum()), np.arange(vocab) == token
+            entropy = -(p * log_p).sum()
+            error, case = 2e-6 + c / t * 8e-7, f"{what}, cap {cap}, T = {temperature}"
+            close(f"{case}, logprob", logprobs[0], log_p[token], error, error)
+            close(f"{case}, entropy", logprobs[1], entropy, error, 3 * error)
+            by_z = p - is_target + 0.5 * p * (log_p + entropy)
+            size = p + is_target + p * (1 + np.abs(log_p) + entropy)
+            got = matrix.matrix()[0] * t
+            close(f"{case}, gradient", got, by_z * (1 - tanh**2), 0, 4 * error * size + 1e-7)
+
+
 def rows_of_two_lengths(module, chip):
     """By its phase a row has 127 vectors or 128, which is where a warp's share ends, and one block has them all."""
     n, vocab = 6, 513
@@ -565,6 +606,7 @@ def main(library, cases, first=None):
         lone_class,
         sure_targets,
         far_rows_and_masks,
+        softcaps,
         rows_of_two_lengths,
         surest_target,
         with_terms,
