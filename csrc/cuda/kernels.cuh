@@ -114,9 +114,9 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         if (idle)
             zero_row(grad, vocab);
         else if (from_slots)
-            row.write_targets(grad, chip.template map<decltype(row.z)>(logits, grad, vocab, next,
-                                                                       row.template dense<Folded>(),
-                                                                       row.template dense<Folded, true>(), costly));
+            row.write_targets(
+                grad, chip.template map<decltype(row.z)>(logits, grad, vocab, next, row.template dense<Folded>(),
+                                                         row.template dense<Folded, true>(), costly));
         else
             row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<FoldedIfNear>()));
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
