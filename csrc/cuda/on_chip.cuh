@@ -60,7 +60,7 @@ class FoldedOnline {
         const bool cheap = z_.cheap(min.of(), most) && z_.little_above(most, from_);
         if (__any_sync(kFullMask, !cheap)) return false;
         max_ = fmaxf(max_, most);
-        add_levels<T>(vectors, [](int) { return true; }, z_.cheap_level());
+        add_levels<T>(vectors, [](int) { return true; }, [&](float x) { return z_.cheap_level(x); });
         return true;
     }
     __device__ __forceinline__ void add(float x) {

@@ -149,14 +149,13 @@ class TermsRow {
     template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
         const Z by = z;
-        const auto cheap = z.cheap_level();
         const Exponent<Z> exponent(z, raw_top());
         const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
         const float inverse_t = z.inverse_temperature(), factor = inverse_t * exponent.correction();
         const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
         const float constant = factor * d.constant - times(slope, exponent.excess());
         return [=](float x) {
-            const float level = kCheap ? cheap(x) : by.level(x), of_e = Z::finite(exponent(level));
+            const float level = kCheap ? by.cheap_level(x) : by.level(x), of_e = Z::finite(exponent(level));
             return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);
         };
     }
