@@ -66,6 +66,7 @@ TABLE = {
     ("H100", 50257, 2): (256, 2, 98),
     ("H100", 100000, 2): (512, 1, 195),
     ("H100", 115000, 2): (512, 1, 224),
+    ("H100", 115500, 2): (512, 1, 224),  # with what the kernel needs beside, just too long
     ("H100", 128256, 2): (512, 1, 224),
     ("H100", 151936, 2): (512, 1, 224),
     ("H100", 32000, 4): (512, 1, 125),
@@ -103,7 +104,7 @@ def test_fits_the_device_and_no_choice_depends_on_rows(module, name, plain, soft
     device(module, name)
     multiprocessors, _, (of_block, of_multiprocessor), _ = DEVICES[name]
     rng = np.random.default_rng(0)
-    for vocab in (1, 4095, 8192, 8193, 50257, 262144, 2**31 - 1, *rng.integers(8000, 300000, 30)):
+    for vocab in (1, 4095, 8192, 8193, 50257, 57400, 262144, 2**31 - 1, *rng.integers(8000, 300000, 30)):
         for dtype in (structs.FLOAT32, structs.BFLOAT16, structs.FLOAT16):
             chosen = set()
             for n in (1, 7, multiprocessors, 4096, 10**6):
@@ -235,3 +236,65 @@ def test_runs_in_the_shape_of_the_table(module, name, dtype):
         rounding = 3e-6 if dtype == structs.FLOAT32 else 2.0**-8
         sweep.close("gradient", grad.matrix(), p, rounding, 1e-9)
         assert grad.gaps_intact()
+
+
+# name: file, text, replacement, and the check above that must fail with it.
+BUGS = {
+    "rows together by their number": (
+        "cuda/launch.cu",
+        "resident / kOfSeveral);",
+        "rows.n == 1 ? 1 : resident / kOfSeveral);",
+        lambda m: test_fits_the_device_and_no_choice_depends_on_rows(m, "H100", True, 0.0),
+    ),
+    "no room for what the system takes": (
+        "cuda/launch.cu",
+        "(bytes + scratch + kReserved)",
+        "(bytes + scratch)",
+        lambda m: test_fits_the_device_and_no_choice_depends_on_rows(m, "H100", True, 0.0),
+    ),
+    "more than a block may have": (
+        "cuda/launch.cu",
+        "limits.shared_bytes - scratch;",
+        "limits.shared_bytes;",
+        lambda m: test_table(m, "H100", 115500, 2),
+    ),
+    "a last turn for a few": (
+        "cuda/launch.cu",
+        "over(p.logits.n, turns), s.threads",
+        "std::min<int64_t>(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors), s.threads",
+        lambda m: test_table(m, "H100", 128256, 2),
+    ),
+    "limits raised at the first launch": (
+        "cuda/device.cu",
+        "    if (error == cudaSuccess) device_limits();\n",
+        "",
+        test_limits_are_raised_once,
+    ),
+    "the current device changed": (
+        "cuda/device.cu",
+        "if (index != previous) cudaSetDevice(previous);",
+        "",
+        test_another_device_than_the_current_one,
+    ),
+    "an error left behind": (
+        "cuda/runtime.h",
+        "    cudaGetLastError();\n",
+        "",
+        test_two_sweeps_where_limits_can_not_be_raised,
+    ),
+    "a limit that is not there": (
+        "cuda/device.cu",
+        "if (!allow_shared(of_block).empty()) of_block = 0;",
+        "allow_shared(of_block);",
+        test_two_sweeps_where_limits_can_not_be_raised,
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug, module, tmp_path):
+    *edit, check = BUGS[bug]
+    mutant = structs.Module(compiler.build(tmp_path, compiler.entry(tmp_path), edit=tuple(edit)))
+    check(module)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(mutant)
