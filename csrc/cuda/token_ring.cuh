@@ -28,7 +28,7 @@ class TokenRing {
             &problem.inputs[6],        &problem.weights,      &problem.transform.temperature,
             &terms.importance_weights, &terms.ref_logprobs,   &terms.kl_coef,
             &terms.entropy_coef,       &terms.log_ratio_clamp};
-        static_assert(kMaxInputs == 7, "the inputs above");
+        static_assert(kMaxInputs == 7 && sizeof(Terms) == 5 * sizeof(Column) + 16, "all columns are named above");
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             columns_[i] = *columns[i];
