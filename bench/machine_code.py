@@ -88,8 +88,12 @@ def inner_loops(code: Code) -> list[list[str]]:
 
 def kind_of(loop: list[str]) -> tuple[str, int]:
     """What a loop over vectors does, '' for another loop, and the number of vectors."""
-    loads = sum("LDG" in text and ".128" in text for text in loop)
+    loads = sum("LDG." in text and ".128" in text for text in loop)
     stores = sum("STG" in text and ".128" in text for text in loop)
+    slots = sum("LDS.128" in text for text in loop)
+    if slots:
+        kinds = {0: "sum on chip", slots: "map on chip"}
+        return kinds.get(stores, "unknown"), slots
     kinds = {stores: "map", 2 * stores: "skewed map", 0: "zero"}
     if stores == 0:
         return ("sum" if loads else ""), loads
@@ -97,13 +101,15 @@ def kind_of(loop: list[str]) -> tuple[str, int]:
 
 
 def loops_of(code: Code, element: str, check: Callable[[list[str], str, int], None] | None = None) -> dict[str, float]:
-    """Instructions per element of each kind of loop over vectors, the longest where there are several."""
+    """Instructions per element of each kind of loop over vectors: the longest where there are several, but on chip the
+    shortest, as the others are for the ends of rows, and a warp takes them once."""
     found: dict[str, float] = {}
     for loop in inner_loops(code):
         kind, vectors = kind_of(loop)
         if kind:
             elements = vectors * WIDTH[element]
-            found[kind] = max(found.get(kind, 0.0), len(loop) / elements)
+            cost, pick = len(loop) / elements, min if kind.endswith("on chip") else max
+            found[kind] = pick(found.get(kind, cost), cost)
             if check:
                 check(loop, kind, elements)
     return found

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "device.h"
+#include "runtime.h"
 
 namespace fused_losses {
 namespace {
@@ -11,12 +12,8 @@ __global__ void probe() {}
 
 std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
 
-std::string why(cudaError_t error) {
-    cudaGetLastError();  // else the next launch check would report this error as its own
-    return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
-}
-
-std::string without_image(int index, int capability) {
+// No image for the device, or nothing works there. Else its limits are known from here on.
+std::string not_ready(int index, int capability) {
     int previous = 0;
     cudaError_t error = cudaGetDevice(&previous);
     // Only where it is another one: making a device current takes hundreds of megabytes of its memory.
@@ -24,6 +21,7 @@ std::string without_image(int index, int capability) {
     if (error != cudaSuccess) return "CUDA device " + std::to_string(index) + " can't be used: " + why(error);
     cudaFuncAttributes attributes;
     error = cudaFuncGetAttributes(&attributes, probe);
+    if (error == cudaSuccess) device_limits();
     if (index != previous) cudaSetDevice(previous);
     if (error == cudaSuccess) return "";
     if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
@@ -61,25 +59,30 @@ std::string unusable(int index) {
     if (capability < 80)
         return "CUDA device " + std::to_string(index) + " is sm_" + std::to_string(capability) +
                " and these kernels need sm_80 (A100) or newer; use backend=\"triton\" or \"eager\"";
-    return without_image(index, capability);
+    return not_ready(index, capability);
 }
 
 DeviceLimits device_limits() {
     constexpr int kDevices = 64;
-    static std::atomic<int64_t> kept[kDevices];  // multiprocessors << 48 | L2 bytes; 0: not asked yet
-    int device = 0, multiprocessors = 0, l2_bytes = 0;
+    static std::atomic<const DeviceLimits*> kept[kDevices];
+    int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     const bool keep = error == cudaSuccess && device < kDevices;
-    int64_t packed = keep ? kept[device].load(std::memory_order_relaxed) : 0;
-    if (packed == 0) {
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-        if (error != cudaSuccess) throw std::runtime_error("fused_losses: no usable CUDA device (" + why(error) + ")");
-        packed = static_cast<int64_t>(multiprocessors) << 48 | l2_bytes;
-        if (keep) kept[device].store(packed, std::memory_order_relaxed);
-    }
-    return {static_cast<int>(packed >> 48), packed & ((int64_t{1} << 48) - 1)};
+    if (keep)
+        if (const DeviceLimits* limits = kept[device].load(std::memory_order_acquire)) return *limits;
+    int multiprocessors = 0, l2_bytes = 0, of_block = 0, of_multiprocessor = 0;
+    const auto ask = [&](int& out, cudaDeviceAttr what) {
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&out, what, device);
+    };
+    ask(multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(l2_bytes, cudaDevAttrL2CacheSize);
+    ask(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    if (error != cudaSuccess) throw std::runtime_error("fused_losses: no usable CUDA device (" + why(error) + ")");
+    if (!allow_shared(of_block).empty()) of_block = 0;
+    const DeviceLimits limits{multiprocessors, l2_bytes, of_block, of_multiprocessor};
+    if (keep) kept[device].store(new DeviceLimits(limits), std::memory_order_release);  // for as long as the process
+    return limits;
 }
 
 }  // namespace fused_losses

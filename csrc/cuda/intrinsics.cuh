@@ -1,7 +1,6 @@
-// The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, 1/x,
-// shared memory and the launch itself. The kernels use nothing of CUDA beside this, thread indices, barriers and
-// shuffles, so that tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its
-// meaning.
+// The thin layer between the kernels and the machine: memory accesses with a cache policy, conversions, ex2, 1/x and
+// shared memory. The kernels use nothing of CUDA beside this, async.cuh, thread indices, barriers and shuffles, so that
+// tests/host_cuda can run the very same files on a CPU, every function below replaced by one with its meaning.
 #pragma once
 
 #include <stdint.h>
@@ -9,9 +8,6 @@
 #if !defined(__CUDACC__)
 #include "host_cuda.h"
 #else
-
-#include <stdexcept>
-#include <string>
 
 namespace fused_losses {
 
@@ -30,6 +26,9 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// Rounded; never half of an fma.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 // Will be read again soon: L1 and L2 keep it as usual. Not the non-coherent path: in place, the row is written later.
 __device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
@@ -60,23 +59,34 @@ __device__ __forceinline__ uint32_t to_float16x2(float low, float high) {
     return pair;
 }
 
+// The larger of each half, and the smaller: of two numbers the one that is not NaN.
+__device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+    uint32_t larger;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+__device__ __forceinline__ uint32_t max_float16x2(uint32_t a, uint32_t b) {
+    uint32_t larger;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
+__device__ __forceinline__ uint32_t min_bfloat16x2(uint32_t a, uint32_t b) {
+    uint32_t smaller;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+    return smaller;
+}
+__device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
+    uint32_t smaller;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+    return smaller;
+}
+
 // The block's shared memory, of which the launch asked for sizeof(S); not initialised.
 template <class S>
 __device__ __forceinline__ S& shared_memory() {
     extern __shared__ uint4 bytes[];
     return *reinterpret_cast<S*>(bytes);
-}
-
-template <class Params>
-void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, uintptr_t stream, Params params) {
-    void* arguments[] = {&params};
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                         arguments, shared_bytes, reinterpret_cast<cudaStream_t>(stream));
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // else the next one who asks would take it for his own
-    throw std::runtime_error(std::string("fused_losses: a CUDA kernel could not be launched: ") +
-                             cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace fused_losses

@@ -9,6 +9,7 @@
 #include "../launch.h"
 #include "device.h"
 #include "kernels.cuh"
+#include "runtime.h"
 #include "scale.cuh"
 #include "tokens.cuh"
 
@@ -46,6 +47,57 @@ Shape two_sweep_shape(const Rows& rows, int64_t element_bytes, int resident) {
     return shape(rows, resident, max_rows == 1 ? 1 : max_rows < 4 ? 2 : 4, max_rows);
 }
 
+struct OnChipShape {
+    int threads;  // a power of two; 0: not on chip
+    int rows;     // that a multiprocessor has at a time
+    int chunks;
+};
+
+constexpr int64_t kVector = sizeof(uint4);
+
+int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
+
+// A row that is on chip as a whole gets 256 threads, and a multiprocessor as many rows as it holds: while one waits at
+// its barrier the others go on. A row that leaves no room for a second one gets 512 threads and all there is: what is
+// left of it is read again from L2. Short rows are not worth it: what a row costs beside its elements is most of it,
+// and they are in L2 anyway. As above, nothing here may depend on N.
+//
+// scratch: bytes beside the slots.
+OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, int64_t scratch) {
+    constexpr int64_t kShort = 16 << 10, kSmall = 96 << 10;
+    constexpr int kOfOne = 512, kOfSeveral = 256, kReserved = 1024;  // bytes that the system takes of each block's
+    const DeviceLimits limits = device_limits();
+    const int64_t bytes = rows.vocab * element_bytes / kVector * kVector;  // at most, of vectors, in any phase
+    if (bytes < kShort || limits.shared_bytes < kSmall || rows.vocab > INT_MAX) return {};
+    const auto chunks_of = [](int threads, int64_t bytes) {
+        return static_cast<int>(over(bytes, chunk_bytes(threads)));
+    };
+    const int64_t several =
+        std::min<int64_t>(limits.shared_bytes_of_multiprocessor / (bytes + scratch + kReserved), resident / kOfSeveral);
+    if (several > 1 && chunks_of(kOfSeveral, bytes) <= kGroups)
+        return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes)};
+    const int64_t room = limits.shared_bytes - scratch;
+    const int chunks = bytes <= room ? chunks_of(kOfOne, bytes) : static_cast<int>(room / chunk_bytes(kOfOne));
+    return {kOfOne, 1, std::min(chunks, kGroups)};
+}
+
+// As many blocks as give all of them the same number of rows, or one less: with all that fit, the last turn of rows
+// would leave most multiprocessors idle.
+template <class T, class Row>
+void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announced, uintptr_t stream) {
+    const int64_t turns = over(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors);
+    // A vector's slot is where it is among the row's vectors: a last chunk that is not full needs no more than it has.
+    const int64_t slots = std::min<int64_t>(p.logits.vocab / kWidth<T>, int64_t{kSlots} * s.chunks * s.threads);
+    int log_step = 0;
+    while (1 << log_step < kSlots * s.threads) ++log_step;
+    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, sizeof(OnChipShared<Row>) + slots * kVector,
+          stream, OnChipParams{p, log_step, s.chunks, announced});
+}
+
+// Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
+constexpr int kAnnounced = (64 << 10) / kVector;
+
 template <class Visit>
 void for_type(DType dtype, Visit visit) {
     switch (dtype) {
@@ -60,6 +112,13 @@ template <class Kind>
 struct Of {
     using Row = Kind;
 };
+
+template <class Visit>
+void for_each_row(Visit visit) {
+    visit(Of<PlainRow>{});
+    visit(Of<TermsRow<Identity>>{});
+    visit(Of<TermsRow<Softcap>>{});
+}
 
 // A tanh per element costs as much as all the rest: kernels of their own.
 template <class Visit>
@@ -86,10 +145,25 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
         for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
+            const OnChipShape chip = on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>));
+            if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.rows, stream);
             const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
     start_sum(total_kernel, stream, TotalParams{p.logits.n, p.row_losses, p.problem.denominator, p.loss});
+}
+
+std::string allow_shared(int64_t bytes) {
+    cudaError_t error = cudaSuccess;
+    for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16})
+        for_type(dtype, [&](auto element) {
+            for_each_row([&](auto kind) {
+                if (error == cudaSuccess)
+                    error = cudaFuncSetAttribute(on_chip_kernel<decltype(element), typename decltype(kind)::Row>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+            });
+        });
+    return error == cudaSuccess ? "" : why(error);
 }
 
 void launch(const StatsParams& p, uintptr_t stream) {

@@ -10,14 +10,17 @@ class PlainRow {
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;
+    static constexpr int kThreadsOnChip = 768;
+    static constexpr bool kSingle = true;  // whether a token always has one target
 
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
 
-    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
-                                        const float*, int64_t)
-        : z(Identity::of(0.f, transform.inverse_temperature(row))),
-          left_out(target_index(targets, row, vocab)),
+    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
+                                        int vocab, const float*, int64_t)
+        : z(Identity::of(0.f, transform.inverse_temperature(token))),
+          left_out(target_index(targets, token, vocab)),
+          token_(token),
           row_(row) {}
 
     template <class T>
@@ -25,14 +28,21 @@ class PlainRow {
         target_ = target_logit(logits, left_out);
     }
 
+    template <class T>
+    __device__ __forceinline__ void read_several_targets(const T*, float*) const {}
+    // target: its logit, where there is one.
+    __device__ __forceinline__ void take_target(float target) { target_ = left_out >= 0 ? target : NAN; }
+
     // mine: what this thread has summed. By all threads of a block, who get the same.
-    __device__ __forceinline__ void see(const Online<Sum>& mine, Shared& shared, int& turn) {
+    __device__ __forceinline__ Online<Sum> gather(const Online<Sum>& mine, Shared& shared, int& turn) const {
         const Identity by = z;
-        const Online<Sum> all =
-            block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+        return block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+    }
+    __device__ __forceinline__ void see(const Online<Sum>& all) {
         sum_ = all.sums.sum;
         maximum_ = sum_ == 0.f ? target_ : all.max;
     }
+    __device__ __forceinline__ bool near() const { return all_near(z, sum_, maximum_, raw_top()); }
 
     __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms&, bool) const {
         if (threadIdx.x != 0) return;
@@ -53,7 +63,7 @@ class PlainRow {
     // By one thread for itself.
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
         softmax_ = softmax();
-        loss_ = plain_loss(problem, row_, softmax_.logprob(), denominator);
+        loss_ = plain_loss(problem, token_, softmax_.logprob(), denominator);
     }
 
     // By one thread. reads: whether the row was read.
@@ -77,28 +87,30 @@ class PlainRow {
     // Whether the gradient is 0, for which no logits are read: select, as 0 * NaN is not 0.
     __device__ __forceinline__ bool idle() const { return loss_.by.g == 0.f; }
 
-    // What an element that is no target's gets, of its logit.
+    // What an element that is no target's gets, of its logit. Exponent: Distance or another. kCheap: of a logit near 0.
+    template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
-        const float top = fmaxf(maximum_, target_), c = kLog2e * z.scale;
-        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant;
-        return [=](float x) { return factor * exp2_approx((x - top) * c); };
+        const Exponent<Identity> exponent(z, raw_top());
+        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exponent.correction();
+        return [=](float x) { return factor * exp2_approx(exponent(x)); };
     }
 
     // No comparison per element: the thread that has just written the target's element writes it again, formed in
     // float32, as 1 - p is lost in bfloat16 when p is near 1.
-    template <class T>
-    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+    template <class T, class Span>
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
         if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
             assign(grad[left_out], z.scale * target_gradient(by(), 1.f, 1.f, target_seen(softmax_), 0.f));
     }
 
   private:
+    __device__ __forceinline__ float raw_top() const { return fmaxf(maximum_, target_); }
     __device__ __forceinline__ Softmax softmax() const {
         return softmax_of(distance_from(maximum_, target_, z), sum_, 0.f);
     }
     __device__ __forceinline__ Coefficients by() const { return {loss_.by.g, 0.f, 0.f, 0.f}; }
 
-    const int64_t row_;
+    const int64_t token_, row_;
     float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f;
     Softmax softmax_{};
     TokenLoss loss_{};

@@ -1,11 +1,14 @@
 // What the two kinds of rows have in common. A row says what is summed of its elements and what is sent back to them;
-// no loop over elements is here, and no loss: an engine (two_sweeps.cuh) walks, and loss.h has the maths of a token.
+// no loop over elements is here, and no loss: an engine (two_sweeps.cuh, on_chip.cuh) walks, and loss.h has the maths
+// of a token.
 //
 // A kind of row offers, to kernels.cuh and tokens.cuh:
 //
 //     Sums, Shared, kThreads              what is summed, and where a block does it
 //     z, left_out                         for the sweep: from a logit to z, and the element that is no part of the sums
-//     read_targets, see, keep             stage 1: from the row to its stats
+//     read_targets, gather, see, keep     stage 1: from the row to its stats
+//     read_several_targets, take_target   the former, for an engine that has met the single target on its way
+//     near                                whether Folded does for what was seen
 //     recall                              stages 2 and 3: the stats that stage 1 kept
 //     evaluate, store, finish, keep       stage 2: the loss, its outputs and its coefficients
 //     send, idle, dense, write_targets    stage 3: the gradient
@@ -38,6 +41,12 @@ __device__ __forceinline__ float target_logit(const T* logits, int target) {
 template <class Z>
 __device__ __forceinline__ float distance_from(float maximum, float logit, const Z& z) {
     return target_distance(z.level(logit), z.level(maximum), z.scale);
+}
+
+// A row without mass, and one whose maximum is a mask, are not.
+template <class Z>
+__device__ __forceinline__ bool all_near(const Z& z, float sum, float maximum, float top) {
+    return sum != 0.f && Folded<Z>(z, maximum).near() && Folded<Z>(z, top).near();
 }
 
 }  // namespace fused_losses

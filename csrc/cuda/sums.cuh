@@ -1,51 +1,101 @@
 // What is added up over a row. e_j = 2^exponent(level_j - top) over the elements seen so far, top being the level of
-// their maximum. What is subtracted first costs no digits: a large common offset leaves the sums as they are.
+// their maximum.
 #pragma once
 
 #include "transform.cuh"
 
 namespace fused_losses {
 
+// ---- From a level to the exponent of e_j, in two ways ---------------------------------------------------------------
+
+// What is subtracted first costs no digits, wherever the row lies: a large common offset leaves the sums as they are.
+template <class Z>
+class Distance {
+  public:
+    __device__ __forceinline__ Distance(const Z& z, float max) : c_(z.exponent(1.f)), top_(z.level(max)) {}
+    __device__ __forceinline__ float operator()(float level) const { return (level - top_) * c_; }
+    // What the exponents are too large by, and what makes up for it in e_j.
+    __device__ __forceinline__ float excess() const { return 0.f; }
+    __device__ __forceinline__ float correction() const { return 1.f; }
+
+  private:
+    const float c_, top_;
+};
+
+// One fma instead of two instructions, for rows that are near. top is the rounded product of the maximum's level and c:
+// the rounding, at most 2^-7, is in all exponents alike, known exactly, and taken out of what they add up to. Further
+// out it would grow to whole exponents, and then to more than a float has.
+template <class Z>
+class Folded {
+  public:
+    static constexpr float kFar = 262144.f;
+
+    __device__ __forceinline__ Folded(const Z& z, float max) : c_(z.exponent(1.f)), level_(z.level(max)) {
+        top_ = multiply(level_, c_);
+    }
+    __device__ __forceinline__ float operator()(float level) const { return fmaf(level, c_, -top_); }
+    __device__ __forceinline__ float excess() const { return fmaf(level_, c_, -top_); }
+    // 2^-excess to an ulp, which ex2 is not.
+    __device__ __forceinline__ float correction() const {
+        const float u = -kLn2 * excess();
+        return fmaf(u, fmaf(u, fmaf(u, 1.f / 6.f, 0.5f), 1.f), 1.f);
+    }
+    __device__ __forceinline__ float top() const { return top_; }
+    __device__ __forceinline__ bool near() const { return fabsf(top_) <= kFar; }  // not of NaN
+
+  private:
+    float c_, level_, top_;
+};
+
+// Whichever is right: for what is not worth two loops.
+template <class Z>
+class FoldedIfNear {
+  public:
+    __device__ __forceinline__ FoldedIfNear(const Z& z, float max) : folded_(z, max), distance_(z, max) {}
+    __device__ __forceinline__ float operator()(float level) const {
+        return folded_.near() ? folded_(level) : distance_(level);
+    }
+    __device__ __forceinline__ float excess() const { return folded_.near() ? folded_.excess() : 0.f; }
+    __device__ __forceinline__ float correction() const { return folded_.near() ? folded_.correction() : 1.f; }
+
+  private:
+    const Folded<Z> folded_;
+    const Distance<Z> distance_;
+};
+
+// ---- The sums -------------------------------------------------------------------------------------------------------
+
 struct Sum {
     float sum = 0.f;  // of e_j
 
-    // shift: the old top less the new one
+    // exponent: the old top's, above the new one. factor: 2^exponent
+    __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
     template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        sum *= exp2_approx(z.exponent(shift));
-    }
-    // distance: level_j - top
-    template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        sum += exp2_approx(z.exponent(distance));
+    __device__ __forceinline__ void add(float exponent) {
+        sum += exp2_approx(exponent);
     }
     __device__ __forceinline__ void operator+=(const Sum& other) { sum += other.sum; }
 };
-
-// Of an exponent where it meets e_j, which is 0 there: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
-constexpr float kLowestExponent = -1000.f;
 
 // What losses with terms need beside the sum. All summands have one sign: nothing cancels.
 struct Moments {
     float sum = 0.f;
     float moment = 0.f;  // of e_j log2(e_j)
-    float drift = 0.f;   // of level_j - top; -inf if a level is
+    float drift = 0.f;   // of log2(e_j); -inf if a level is
     float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
 
-    // A shift from the floor can overflow, when all sums are 0.
-    template <class Z>
-    __device__ __forceinline__ void rescale(float shift, const Z& z) {
-        const float exponent = z.exponent(shift), e = exp2_approx(exponent);
-        moment = e * (moment + fmaxf(exponent, kLowestExponent) * sum);
-        sum *= e;
-        drift += count * fmaxf(shift, kFloor);
+    // An exponent from the floor can overflow, when all sums are 0.
+    __device__ __forceinline__ void rescale(float exponent, float factor) {
+        moment = factor * (moment + fmaxf(exponent, kLowestExponent) * sum);
+        sum *= factor;
+        drift += count * fmaxf(exponent, kFloor);
     }
     template <class Z>
-    __device__ __forceinline__ void add(float distance, const Z& z) {
-        const float exponent = z.exponent(distance), e = exp2_approx(exponent);
+    __device__ __forceinline__ void add(float exponent) {
+        const float e = exp2_approx(exponent);
         sum += e;
-        moment += e * fmaxf(exponent, kLowestExponent);
-        drift += distance;
+        moment += e * Z::finite(exponent);
+        drift += exponent;
         count += 1.f;
     }
     __device__ __forceinline__ void operator+=(const Moments& other) {
@@ -67,14 +117,15 @@ struct Online {
     template <class Z>
     __device__ __forceinline__ float rescale(float new_max, const Z& z) {
         const float top = z.level(new_max);
-        sums.rescale(z.level(max) - top, z);
+        const float exponent = z.exponent(z.level(max) - top);
+        sums.rescale(exponent, exp2_approx(exponent));
         max = new_max;
         return top;
     }
     template <class Z>
     __device__ __forceinline__ void add(float x, const Z& z) {
         const float top = rescale(fmaxf(max, x), z);
-        sums.add(z.level(x) - top, z);
+        sums.template add<Z>(z.exponent(z.level(x) - top));
     }
 };
 

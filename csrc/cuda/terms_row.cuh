@@ -28,6 +28,8 @@ class TermsRow {
   public:
     using Sums = Moments;
     static constexpr int kThreads = Z::kThreads;
+    static constexpr int kThreadsOnChip = 512;
+    static constexpr bool kSingle = false;  // whether a token always has one target
 
     struct Shared {
         Partials<Online<Moments>> elements;
@@ -38,34 +40,45 @@ class TermsRow {
     const int left_out;  // the single target; -1 if it is outside [0, V), or of several
 
     // logits: the targets', (K, n).
-    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t row, int vocab,
-                                        const float* logits, int64_t n)
-        : z(Z::of(transform.softcap, transform.inverse_temperature(row))),
-          left_out(targets.single() ? target_index(targets, row, vocab) : -1),
+    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
+                                        int vocab, const float* logits, int64_t n)
+        : z(Z::of(transform.softcap, transform.inverse_temperature(token))),
+          left_out(targets.single() ? target_index(targets, token, vocab) : -1),
           targets_(targets),
           logits_(logits + row),
+          token_(token),
           row_(row),
           n_(n),
           vocab_(vocab) {}
 
     template <class T>
     __device__ __forceinline__ void read_targets(const T* logits, float* table) {
-        if (single()) {
+        if (single())
             target_ = target_logit(logits, left_out);
-            return;
-        }
+        else
+            read_several_targets(logits, table);
+    }
+    template <class T>
+    __device__ __forceinline__ void read_several_targets(const T* logits, float* table) const {
+        if (single()) return;
         for (int k = threadIdx.x; k < num(); k += blockDim.x) table[k * n_ + row_] = target_logit(logits, index(k));
     }
+    __device__ __forceinline__ void take_target(float target) {
+        if (single()) target_ = left_out >= 0 ? target : NAN;
+    }
 
-    __device__ __forceinline__ void see(const Online<Moments>& mine, Shared& shared, int& turn) {
+    __device__ __forceinline__ Online<Moments> gather(const Online<Moments>& mine, Shared& shared, int& turn) const {
         const Z by = z;
-        const Online<Moments> all = block_reduce(shared.elements, turn, mine, Online<Moments>{},
-                                                 [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        return block_reduce(shared.elements, turn, mine, Online<Moments>{},
+                            [&](const Online<Moments>& x) { return warp_sum(x, by); });
+    }
+    __device__ __forceinline__ void see(const Online<Moments>& all) {
         sum_ = all.sums.sum;
         maximum_ = single() && sum_ == 0.f ? target_ : all.max;
         moment_ = all.sums.moment * kLn2;
-        drift_ = all.sums.drift * z.scale + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
+        drift_ = all.sums.drift * kLn2 + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
     }
+    __device__ __forceinline__ bool near() const { return all_near(z, sum_, maximum_, raw_top()); }
 
     // reads: whether the row was read.
     __device__ __forceinline__ void keep(const StatsTable<float>& stats, const Terms& terms, bool reads) const {
@@ -109,7 +122,7 @@ class TermsRow {
     __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
         if (single()) return;
         for (int k = first; k < num(); k += step) {
-            const bool given = targets_.at(row_, k) != targets_.ignore_index;
+            const bool given = targets_.at(token_, k) != targets_.ignore_index;
             logprobs.target(row_, k) = reads && given ? target(k).logp : 0.f;
         }
     }
@@ -133,21 +146,23 @@ class TermsRow {
     __device__ __forceinline__ bool idle() const { return loss_.by.none(); }
 
     // e_j (constant + slope d_j) + offset, where d_j is in units of the exponent, times dz_j/dlogits_j.
+    template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
         const Z by = z;
+        const Exponent<Z> exponent(z, raw_top());
         const Dense d = dense_gradient(loss_.by, sums_.whole, softmax_);
-        const float top = z.level(raw_top()), inverse_t = z.inverse_temperature();
-        const float constant = inverse_t * d.constant, slope = inverse_t * kLn2 * d.slope;
-        const float offset = inverse_t * d.offset;
+        const float inverse_t = z.inverse_temperature(), factor = inverse_t * exponent.correction();
+        const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
+        const float constant = factor * d.constant - times(slope, exponent.excess());
         return [=](float x) {
-            const float level = by.level(x), exponent = fmaxf(by.exponent(level - top), kLowestExponent);
-            return (exp2_approx(exponent) * (slope * exponent + constant) + offset) * by.slope(level);
+            const float level = kCheap ? by.cheap_level(x) : by.level(x), of_e = Z::finite(exponent(level));
+            return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);
         };
     }
 
     // As PlainRow's. Several targets' elements are written after all others are.
-    template <class T>
-    __device__ __forceinline__ void write_targets(T* grad, const Span<T>& span) const {
+    template <class T, class Span>
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
         if (single()) {
             if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
                 assign(grad[left_out], target_element(0, share(0)));
@@ -169,9 +184,9 @@ class TermsRow {
     __device__ __forceinline__ bool single() const { return targets_.single(); }
     __device__ __forceinline__ int num() const { return static_cast<int>(targets_.num); }
     __device__ __forceinline__ int index(int k) const {
-        return target_index(targets_, row_ * targets_.num + k, vocab_);
+        return target_index(targets_, token_ * targets_.num + k, vocab_);
     }
-    __device__ __forceinline__ float share(int k) const { return targets_.share(row_, k); }
+    __device__ __forceinline__ float share(int k) const { return targets_.share(token_, k); }
     __device__ __forceinline__ float logit(int k) const { return single() ? target_ : logits_[k * n_]; }
     __device__ __forceinline__ float raw_top() const { return single() ? fmaxf(maximum_, target_) : maximum_; }
 
@@ -202,12 +217,12 @@ class TermsRow {
     __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {
         const RowSeen seen =
             row_seen(z.level(raw_top()) * z.scale, softmax_, sums_.logp, sums_.whole, drift_, problem.vocab);
-        loss_ = terms_loss(problem, row_, seen, denominator);
+        loss_ = terms_loss(problem, token_, seen, denominator);
     }
 
     const Targets& targets_;
     const float* const logits_;  // from this row on
-    const int64_t row_, n_;
+    const int64_t token_, row_, n_;
     const int vocab_;
     float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f;
     Softmax softmax_{};

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads) objective_kernel(const __grid_con
     const float denominator = problem.denominator.at(0);
     const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
     for (int64_t i = first; i < p.n; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-        Row row(problem.targets, problem.transform, i, vocab, &p.stats.target(0), p.stats.n);
+        Row row(problem.targets, problem.transform, i, i, vocab, &p.stats.target(0), p.stats.n);
         const bool reads = problem.reads(i);
         if (reads) {
             row.recall(p.stats);

@@ -72,27 +72,23 @@ struct Span {
 template <class T, class Sums, class Z, class Inside>
 __device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vectors, const Z& z, Inside inside) {
     uint4 raw[kUnroll];
-    float x[kWidth<T>];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
         raw[u] = inside(u) ? load(vectors + u * blockDim.x) : uint4{};  // left unset, it would stay live over rows
-    float max = acc.max;
+    PackedMax<T> max;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-        if (!inside(u)) continue;
-        unpack<T>(raw[u], x);
-#pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) max = fmaxf(max, x[i]);
-    }
-    const float top = acc.rescale(max, z);
+    for (int u = 0; u < kUnroll; ++u)
+        if (inside(u)) max.add(raw[u]);
+    const float top = acc.rescale(max.with(acc.max), z);
     Sums chunk;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
         if (!inside(u)) continue;
+        float x[kWidth<T>];
         unpack<T>(raw[u], x);
         Sums sums;
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) sums.add(z.level(x[i]) - top, z);
+        for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(z.exponent(z.level(x[i]) - top));
         chunk += sums;
     }
     acc.sums += chunk;
@@ -163,13 +159,19 @@ __device__ __forceinline__ void map_vectors(const uint4* in, int skew, uint4* ou
     for (v -= step; v >= 0; v -= step) map_chunk<T, skewed>(in + v, skew, out + v, f, [](int) { return true; });
 }
 
+// How many bytes in lies after a multiple of 16 that out lies on.
+template <class T>
+__device__ __forceinline__ int skew_of(const T* in, const T* out) {
+    return static_cast<int>((reinterpret_cast<uintptr_t>(in) - reinterpret_cast<uintptr_t>(out)) % 16);
+}
+
 // out may be in. Vectors are aligned in out; where in has another phase (a strided view beside a contiguous buffer,
 // odd V), each is put together from two aligned loads, and the span shrinks so that both lie within the row.
 // The span returned knows which thread wrote an element.
 template <class T, class F>
 __device__ __forceinline__ Span<T> map_row(const T* in, T* out, int vocab, const F& f) {
     Span<T> span(out, vocab);
-    const int skew = static_cast<int>((reinterpret_cast<uintptr_t>(in) - reinterpret_cast<uintptr_t>(out)) % 16);
+    const int skew = skew_of(in, out);
     if (skew) span.shrink();
     if (static_cast<int>(threadIdx.x) < span.edges) {
         const int edge = span.edge(threadIdx.x);

@@ -6,14 +6,20 @@
 namespace fused_losses {
 
 struct bfloat16 {
+    static constexpr uint32_t kLowestPair = 0xff80ff80u;  // -inf, twice
     uint16_t bits;
     static __device__ __forceinline__ float2 unpack(uint32_t pair) { return from_bfloat16x2(pair); }
     static __device__ __forceinline__ uint32_t pack(float low, float high) { return to_bfloat16x2(low, high); }
+    static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_bfloat16x2(a, b); }
+    static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_bfloat16x2(a, b); }
 };
 struct float16 {
+    static constexpr uint32_t kLowestPair = 0xfc00fc00u;
     uint16_t bits;
     static __device__ __forceinline__ float2 unpack(uint32_t pair) { return from_float16x2(pair); }
     static __device__ __forceinline__ uint32_t pack(float low, float high) { return to_float16x2(low, high); }
+    static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_float16x2(a, b); }
+    static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_float16x2(a, b); }
 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -59,6 +65,69 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kWidth<T>]) {
     }
     return {words[0], words[1], words[2], words[3]};
 }
+
+// The maximum of vectors as they lie in memory: two elements of 16 bits at a time, before they are unpacked.
+template <class T>
+class PackedMax {
+  public:
+    __device__ __forceinline__ void add(const uint4& v) {
+        max_ = larger(max_, larger(larger(v.x, v.y), larger(v.z, v.w)));
+    }
+    // That of x, too. NaN counts as nothing.
+    __device__ __forceinline__ float with(float x) const {
+        if constexpr (kWidth<T> == 4) {
+            return fmaxf(x, __uint_as_float(max_));
+        } else {
+            const float2 pair = T::unpack(max_);
+            return fmaxf(x, fmaxf(pair.x, pair.y));
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t lowest() {
+        if constexpr (kWidth<T> == 4) {
+            return 0xff800000u;
+        } else {
+            return T::kLowestPair;
+        }
+    }
+    static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+        if constexpr (kWidth<T> == 4) {
+            return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+        } else {
+            return T::max(a, b);
+        }
+    }
+
+    uint32_t max_ = lowest();
+};
+
+template <class T>
+class PackedMin {
+  public:
+    __device__ __forceinline__ void add(const uint4& v) {
+        min_ = smaller(min_, smaller(smaller(v.x, v.y), smaller(v.z, v.w)));
+    }
+    __device__ __forceinline__ float of() const {
+        if constexpr (kWidth<T> == 4) {
+            return __uint_as_float(min_);
+        } else {
+            const float2 pair = T::unpack(min_);
+            return fminf(pair.x, pair.y);
+        }
+    }
+
+  private:
+    static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+        if constexpr (kWidth<T> == 4) {
+            return __float_as_uint(fminf(__uint_as_float(a), __uint_as_float(b)));
+        } else {
+            return T::min(a, b);
+        }
+    }
+
+    uint32_t min_ = 0;  // for what asks how far from 0 the vectors go
+};
 
 // The 16 bytes that start `skew` bytes (1 to 15) into two neighbouring vectors.
 __device__ __forceinline__ uint4 load_skewed(const uint4* p, int skew) {

@@ -51,9 +51,11 @@ def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str,
         text = (source / file).read_text()
         assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
         (source / file).write_text(text.replace(old, new))
-    flags = FLAGS + (SANITIZE if sanitize else [])
-    device = folder / "launch.o"
-    run(CXX, *flags, f"-I{HERE}", "-x", "c++", "-c", source / "cuda" / "launch.cu", "-o", device)
+    flags = FLAGS + (
+        SANITIZE if sanitize else ["-O0"] if edit else []
+    )  # most bugs are found sooner than code is optimised
+    device = folder / "device.o"
+    run(CXX, *flags, f"-I{HERE}", f"-I{source}", "-c", HERE / "device.cpp", "-o", device)
     run(CXX, *flags, "-shared", *objects, device, "-o", folder / LIBRARY)
     return folder / LIBRARY
 

@@ -92,6 +92,8 @@ class Draw:
             self.shares = np.float32(rng.normal(0.5, 1, (n, k)) * (rng.random((n, k)) < 0.8))
         self.terms = {} if self.plain else self._terms(k)
         self._rows()
+        threads = [32] if self.vocab < 1000 else [32, 64] if self.vocab < LARGEST else [64, 256]
+        self.chip = tuple(int(rng.choice(x)) for x in (threads, [1, 2, 3, 5], [0, 3, 1000]))
 
     def _layout(self, two_level: bool) -> tuple[int, ...]:
         """Phase, rows per outer step, gaps between outer and inner steps; all in elements."""

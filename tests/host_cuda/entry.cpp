@@ -1,22 +1,15 @@
 // The device code as C functions, one per launch of csrc/launch.h, for structs.py. They return what went wrong, or null.
 #include <string>
 
-#include "../../csrc/cuda/device.h"
 #include "../../csrc/launch.h"
-
-namespace host_cuda {
-bool descending = false;  // of host_cuda.h, which sees other flags than this file does and is not for it
-}
 
 namespace {
 
-fused_losses::DeviceLimits limits{2, 1 << 20};
-
 template <class Params>
-const char* run(const Params& params) {
+const char* run(const Params& params, uintptr_t stream) {
     static std::string what;
     try {
-        fused_losses::launch(params, 0);
+        fused_losses::launch(params, stream);
     } catch (const std::exception& error) {
         what = error.what();
         return what.c_str();
@@ -26,11 +19,9 @@ const char* run(const Params& params) {
 
 }  // namespace
 
-fused_losses::DeviceLimits fused_losses::device_limits() { return limits; }
-
 #define FL_EXPORT extern "C" __attribute__((visibility("default")))
-#define FL_LAUNCH(name, Params)                                                             \
-    FL_EXPORT const char* name(const fused_losses::Params* params) { return run(*params); } \
+#define FL_LAUNCH(name, Params)                                             \
+    FL_EXPORT const char* name(const fused_losses::Params* params, uintptr_t stream) { return run(*params, stream); } \
     FL_EXPORT size_t size_of_##name() { return sizeof(fused_losses::Params); }
 
 FL_LAUNCH(loss_and_grad, LossAndGradParams)
@@ -44,9 +35,4 @@ FL_LAUNCH(normaliser, NormaliserParams)
 FL_EXPORT const char* objectives() {
 #define FL_NAME(name, ...) #name " "
     return FL_OBJECTIVES(FL_NAME);
-}
-
-FL_EXPORT void configure(int multiprocessors, int64_t l2_bytes, bool descending) {
-    limits = {multiprocessors, l2_bytes};
-    host_cuda::descending = descending;
 }

@@ -69,6 +69,7 @@ class Block {
     Dim index{}, blocks{}, threads{}, thread{};
     std::vector<uint64_t> shared;
     size_t shared_bytes = 0;
+    void (*ended)() = nullptr;  // called when all threads of a block have returned
 
     template <class Params>
     void run(void (*kernel)(Params), const Params& params) {
@@ -84,6 +85,7 @@ class Block {
         for (int i = 0; i < count; ++i) prepare(*fibers_[i]);
         while (advance(count)) {
         }
+        if (ended) ended();
     }
 
     void wait(Fiber::State state) {
@@ -218,6 +220,11 @@ T __shfl_xor_sync(unsigned mask, T value, int operand) {
     return value;
 }
 
+inline int __any_sync(unsigned mask, int predicate) {
+    for (int lane = host_cuda::kWarp / 2; lane > 0; lane /= 2) predicate |= __shfl_xor_sync(mask, predicate, lane);
+    return predicate;
+}
+
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -247,6 +254,8 @@ inline float reciprocal_approx(float x) {
     const float y = 1.f / x;
     return __float_as_uint(x) & 1 ? nextafterf(y, INFINITY) : nextafterf(y, 0.f);
 }
+
+inline float multiply(float a, float b) { return a * b; }
 
 inline uint4 load(const uint4* p) {
     host_cuda::check_aligned(p);
@@ -280,26 +289,28 @@ inline uint32_t to_float16x2(float low, float high) {
     return pair;
 }
 
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_bfloat16x2(a), y = from_bfloat16x2(b);
+    return to_bfloat16x2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+inline uint32_t max_float16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_float16x2(a), y = from_float16x2(b);
+    return to_float16x2(fmaxf(x.x, y.x), fmaxf(x.y, y.y));
+}
+
+inline uint32_t min_bfloat16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_bfloat16x2(a), y = from_bfloat16x2(b);
+    return to_bfloat16x2(fminf(x.x, y.x), fminf(x.y, y.y));
+}
+inline uint32_t min_float16x2(uint32_t a, uint32_t b) {
+    const float2 x = from_float16x2(a), y = from_float16x2(b);
+    return to_float16x2(fminf(x.x, y.x), fminf(x.y, y.y));
+}
+
 template <class S>
 S& shared_memory() {
     if (sizeof(S) > host_cuda::block.shared_bytes) host_cuda::fail("the launch asked for too little shared memory");
     return *reinterpret_cast<S*>(host_cuda::block.shared.data());
-}
-
-template <class Params>
-void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, uintptr_t, Params params) {
-    using namespace host_cuda;
-    if (blocks < 1 || blocks > 0x7fffffff) fail("invalid grid of " + std::to_string(blocks) + " blocks");
-    if (threads < kWarp || threads > 1024 || threads % kWarp)
-        fail("a block of " + std::to_string(threads) + " threads");
-    block.blocks.x = static_cast<unsigned>(blocks);
-    block.threads.x = static_cast<unsigned>(threads);
-    block.shared_bytes = shared_bytes;
-    std::vector<uint64_t>((shared_bytes + 7) / 8).swap(block.shared);
-    for (int64_t i = 0; i < blocks; ++i) {
-        block.index.x = static_cast<unsigned>(descending ? blocks - 1 - i : i);
-        block.run(kernel, params);
-    }
 }
 
 }  // namespace fused_losses

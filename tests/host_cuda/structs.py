@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -101,6 +102,8 @@ class Module:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         self._library.objectives.restype = c_char_p
+        for returns_text in ("on_chip", "unusable", "launches"):
+            getattr(self._library, returns_text).restype = c_char_p
         self.objectives = self._library.objectives().decode().split()
         for params in (LossAndGrad, Stats, Objective, Grad, Scale, Normaliser):
             name = "".join("_" * (i > 0 and c.isupper()) + c.lower() for i, c in enumerate(params.__name__))
@@ -113,17 +116,70 @@ class Module:
         function = getattr(self._library, name)
         function.restype = c_char_p
 
-        def launch(**given):
+        def launch(stream=0, **given):
             missing = {field for field, _ in params._fields_} - given.keys()
             assert not missing, missing
-            what = function(ctypes.byref(params(**given)))
-            if what is not None:
-                raise RuntimeError(what.decode())
+            raise_if(function(ctypes.byref(params(**given)), c_size_t(stream)))
 
         return launch
 
-    def configure(self, multiprocessors: int, l2_bytes: int, descending: bool = False) -> None:
-        self._library.configure(c_int(multiprocessors), c_int64(l2_bytes), c_bool(descending))
+    def on_chip(self, threads: int, chunks: int, announced: int, **given) -> None:
+        """loss_and_grad by that engine, in this shape."""
+        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), threads, chunks, announced))
+
+    def configure(
+        self,
+        multiprocessors: int,
+        l2_bytes: int,
+        descending: bool = False,
+        shared: tuple[int, int] = (90 << 10, 91 << 10),
+        capability: tuple[int, int] = (8, 0),
+    ) -> None:
+        """A device of its own. shared: bytes that a block and a multiprocessor may have; too few for rows on chip."""
+        self._library.add_device(multiprocessors, l2_bytes, *shared, *capability)
+        self.set(descending=descending)
+
+    # The runtime's stand-in
+
+    def unusable(self, device: int) -> str:
+        return self._library.unusable(c_int(device)).decode()
+
+    def launches(self) -> list[Launch]:
+        """Since they were last asked for."""
+        lines = self._library.launches().decode().splitlines()
+        return [Launch(*map(int, line.split())) for line in lines]
+
+    def calls(self, name: str) -> int:
+        return self._library.calls(name.encode())
+
+    def set(self, **values: int | bool | tuple[int, ...]) -> None:
+        """descending, runs, current, versions"""
+        for name, value in values.items():
+            getattr(self._library, f"set_{name}")(*(value if isinstance(value, tuple) else (c_int(value),)))
+
+    def fail(self, call: str, error: int) -> None:
+        """Whenever it is called; 0: no more."""
+        self._library.set_error(call.encode(), c_int(error))
+
+    def current(self) -> int:
+        return self._library.current()
+
+    def last_error(self) -> int:
+        return self._library.last_error()
+
+
+class Launch(NamedTuple):
+    device: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    stream: int
+    on_chip: int
+
+
+def raise_if(what: bytes | None) -> None:
+    if what is not None:
+        raise RuntimeError(what.decode())
 
 
 # ---- of numpy arrays; the structs keep alive what they point to ------------------------------------------------------

@@ -8,6 +8,7 @@ first difference. FIRST: only so many cases.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import pickle
 import sys
@@ -106,12 +107,13 @@ def divided_by(asked, loss):
     return asked
 
 
-def one_pass(module, logits, grad, asked):
-    """(loss, row_losses, logprobs)"""
+def one_pass(module, logits, grad, asked, chip=None):
+    """(loss, row_losses, logprobs). chip: threads, chunks and announced vectors; by the engine on chip."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
     asked = divided_by(asked, loss)
-    module.loss_and_grad(
+    launch = module.loss_and_grad if chip is None else functools.partial(module.on_chip, *chip)
+    launch(
         logits=logits, grad=grad, problem=asked, logprobs=structs.LogprobsTable(pointer(logprobs), n, k),
         row_losses=pointer(row_losses), loss=pointer(loss),
     )  # fmt: skip
@@ -159,6 +161,7 @@ class Case:
     def __init__(self, module, drawn):
         self.module = module
         vars(self).update(drawn)
+        self.ways = ("two sweeps", None), ("on chip", self.chip)
 
     def problem(self, at=slice(None), denominator=None):
         """Of some of the rows."""
@@ -193,11 +196,12 @@ class Case:
         self.in_use = structs.Column(pointer(normaliser), 0, np.nan) if self.mean else None
         asked = self.problem(denominator=self.in_use)
 
-        logits, out["loss_and_grad"] = self.matrices()
-        logits.guard(~self.reads & (not self.in_place))
-        of_one_pass = one_pass(module, logits.arg, out["loss_and_grad"].arg, asked)
-        out |= zip(("one pass loss", "one pass row_losses", "one pass logprobs"), of_one_pass, strict=True)
-        logits.guard(~self.reads, on=False)
+        for way, chip in self.ways:
+            logits, out[f"{way} loss_and_grad"] = self.matrices()
+            logits.guard(~self.reads & (not self.in_place))
+            loss, row_losses, logprobs = one_pass(module, logits.arg, out[f"{way} loss_and_grad"].arg, asked, chip)
+            out |= {f"{way} loss": loss, f"{way} row_losses": row_losses, f"{way} logprobs": logprobs}
+            logits.guard(~self.reads, on=False)
 
         logits, out["grad"] = self.matrices()
         logits.guard(~self.reads)
@@ -232,7 +236,7 @@ class Case:
             if x.tobytes() != y.tobytes():
                 raise Wrong(f"{name}: depends on the order of threads")
         for name, got in out.items():
-            want = self.want[name.removeprefix("one pass ")]
+            want = self.want[name.removeprefix("two sweeps ").removeprefix("on chip ")]
             if not isinstance(got, Matrix):
                 close(name, got, *want)
                 continue
@@ -254,15 +258,19 @@ class Case:
         one = lambda matrix: Matrix(  # noqa: E731
             1, self.vocab, self.dtype, (matrix.starts[r] % (16 // matrix.buffer.itemsize), 1, 0, 0), self.bits[at]
         )
-        logits = one(out["loss_and_grad"] if self.in_place else Matrix(self.n, self.vocab, self.dtype, self.layout))
-        grad = logits if self.in_place else one(out["loss_and_grad"])
-        _, row_losses, logprobs = one_pass(self.module, logits.arg, grad.arg, asked)
-        same = {
-            "row_losses": (row_losses, out["one pass row_losses"][at]),
-            "logprobs": (logprobs, out["one pass logprobs"][..., at]),
-            "loss_and_grad": (grad.rows[0], out["loss_and_grad"].rows[r]),
-        }
-        logits = one(Matrix(self.n, self.vocab, self.dtype, self.layout))
+        together = Matrix(self.n, self.vocab, self.dtype, self.layout)
+        same = {}
+        for way, chip in self.ways:
+            of_all = out[f"{way} loss_and_grad"]
+            logits = one(of_all if self.in_place else together)
+            grad = logits if self.in_place else one(of_all)
+            _, row_losses, logprobs = one_pass(self.module, logits.arg, grad.arg, asked, chip)
+            same |= {
+                f"{way} row_losses": (row_losses, out[f"{way} row_losses"][at]),
+                f"{way} logprobs": (logprobs, out[f"{way} logprobs"][..., at]),
+                f"{way} loss_and_grad": (grad.rows[0], of_all.rows[r]),
+            }
+        logits = one(together)
         same["stats"] = stats(self.module, logits.arg, asked), out["stats"][:, at]
         for name, (alone, together) in same.items():
             if alone.tobytes() != np.ascontiguousarray(together).tobytes():
@@ -270,7 +278,7 @@ class Case:
 
 
 def close(name, got, want, rtol=0.0, atol=0.0):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    got, want = np.broadcast_arrays(np.asarray(got, np.float64), np.asarray(want, np.float64))
     with np.errstate(invalid="ignore"):
         fine = (np.abs(got - want) <= atol + rtol * np.abs(want)) | (got == want) | (np.isnan(got) & np.isnan(want))
         fine |= np.isinf(atol)
@@ -305,7 +313,7 @@ def many_rows(module):
     close("scale", grad.matrix(), 2 * ([1, 0, 0] - softmax(x)), 1e-5, 2e-6)
 
 
-def far_rows(module):
+def far_rows(module, chip):
     """Rows more than 2^31 elements apart, in memory that is reserved and not filled."""
     vocab, stride, n = 17, 2**31 + 24, 2
     memory = mmap.mmap(-1, (stride + 64) * 2, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
@@ -315,7 +323,7 @@ def far_rows(module):
         elements[r * stride : r * stride + vocab] = bits[r]
     module.configure(1, 1 << 20)
     rows = structs.Rows(elements.ctypes.data, BFLOAT16, n, vocab, 1, stride, 0)
-    _, _, logprobs = one_pass(module, rows, rows, asked_for(module, np.zeros(n, np.int32), vocab))
+    _, _, logprobs = one_pass(module, rows, rows, asked_for(module, np.zeros(n, np.int32), vocab), chip)
     p = softmax(decode(bits, BFLOAT16))
     close("logprobs", logprobs, np.log(p[:, 0]), 1e-5)
     for r in range(n):
@@ -323,7 +331,7 @@ def far_rows(module):
         close("grad", got, p[r] - (np.arange(vocab) == 0), 2.0**-8, 1e-6)
 
 
-def unreadable_rows(module):
+def unreadable_rows(module, chip):
     """Masked rows lie in pages that can't be read: a read ends the process."""
     n, vocab = 4, mmap.PAGESIZE // 4
     module.configure(2, 1 << 20)
@@ -335,7 +343,7 @@ def unreadable_rows(module):
         raise OSError("mprotect")
     logits, grad = structs.Rows(address, FLOAT32, n, vocab, n, 0, vocab), Matrix(n, vocab)
     asked = asked_for(module, np.int64([5, IGNORE, 5, 5]), vocab, weights=column([1.0, 1.0, 0.0, 1.0], 1))
-    _, row_losses, logprobs = one_pass(module, logits, grad.arg, asked)
+    _, row_losses, logprobs = one_pass(module, logits, grad.arg, asked, chip)
     table = stats(module, logits, asked)
     gradient(module, logits, grad.arg, asked, table, [[1.0, 0.0, 0.0, 1.0]])
     close("stats", table[:, 1:3], 0)
@@ -343,14 +351,16 @@ def unreadable_rows(module):
         raise Wrong("a masked row left a trace")
 
 
-def extremes(module):
+def extremes(module, chip):
     module.configure(1, 1 << 20)
     x, nan, inf = [0.0, 1.0, 2.0], float("nan"), float("inf")
     zero, bad, p = [0.0] * 3, [nan] * 3, softmax(x)
 
     def expect(what, loss, grad, logp, *, token=0, **options):
         rows = Matrix.of([x])
-        got, _, logprobs = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options))
+        got, _, logprobs = one_pass(
+            module, rows.arg, rows.arg, asked_for(module, np.int64([token]), 3, **options), chip
+        )
         close(what + " loss", got[0], loss, 1e-5)
         close(what + " grad", rows.matrix()[0], grad, 1e-5)
         close(what + " logprob", logprobs[0], logp, 1e-5)
@@ -395,7 +405,7 @@ def extremes(module):
     raise Wrong("a vocabulary of 2^31 was not refused")
 
 
-def lone_class(module):
+def lone_class(module, chip):
     """V is 1: the others have no mass, and no temperature is too bad to be seen."""
     module.configure(1, 1 << 20)
     for plain in (True, False):
@@ -406,12 +416,12 @@ def lone_class(module):
                     module, np.int64([0]), 1, temperature=temperature, plain=plain, terms_asked=terms(entropy=True)
                 )
                 want_here = want if np.isfinite(x) else np.nan
-                loss, _, logprobs = one_pass(module, rows.arg, rows.arg, asked)
+                loss, _, logprobs = one_pass(module, rows.arg, rows.arg, asked, chip)
                 what = f"V = 1, x = {x}, T = {temperature}, plain = {plain}"
                 close(what, [loss[0], *logprobs.ravel()[: 1 if plain else 2], rows.matrix()[0, 0]], want_here)
 
 
-def sure_targets(module):
+def sure_targets(module, chip):
     """The exact tail: loss and gradient of targets of which every digit of 1 - p counts."""
     vocab, rng = 100, np.random.default_rng(0)
     module.configure(1, 1 << 20)
@@ -434,7 +444,7 @@ def sure_targets(module):
             for name, sign in (("cross_entropy", -1.0), ("logprobs", 1.0)):
                 rows = Matrix.of(x)
                 asked = asked_for(module, token, vocab, name, temperature=temperature, plain=plain)
-                _, row_losses, logprobs = one_pass(module, rows.arg, rows.arg, asked)
+                _, row_losses, logprobs = one_pass(module, rows.arg, rows.arg, asked, chip)
                 table = stats(module, Matrix.of(x).arg, asked)
                 _, two_phase, _, coefficients = objective(module, table, asked)
                 again = Matrix.of(x)
@@ -445,18 +455,105 @@ def sure_targets(module):
                     close(f"sure, {what}, target", grad.matrix()[at], sign * rest / temperature, tolerance, tiny)
 
 
-def surest_target(module):
+def far_rows_and_masks(module, chip):
+    """Where a fold of scale and maximum has its limits: rows far from 0, a whole thread's share masked, bad scales."""
+    module.configure(1, 1 << 20)
+    vocab, rng = 700, np.random.default_rng(0)
+    lowest = float(np.finfo(np.float32).min)
+    near = rng.normal(0, 2, vocab)
+    rows = {f"{offset:g} off": near + offset for offset in (3e4, 1.8e5, -1.8e5, 2e5, 3e6, -3e6)}
+    rows |= {f"all {x:g}": np.full(vocab, x) for x in (1e6, -1e9, 1e30, -1e30, lowest, -lowest / 2)}
+    for mask in (-1e4, -1e9, -1e30, lowest):
+        for kept in (1, 5, vocab // 8, vocab - 1):
+            rows[f"{mask:g} but for the last {kept}"] = np.where(np.arange(vocab) < vocab - kept, mask, near)
+    rows["one highest"] = np.where(np.arange(vocab) == 3, -lowest / 2, near)
+    rows["one lowest among -inf"] = np.where(np.arange(vocab) == vocab - 1, lowest, -np.inf)
+    for temperature in (1e-4, 1.0, 1e20):
+        for i, (what, x) in enumerate(rows.items()):
+            if np.abs(x[np.isfinite(x)]).max() / temperature > 3e38:
+                continue
+            token = (0, vocab - 1, 3)[i % 3]
+            matrix = Matrix.of([x])
+            asked = asked_for(module, np.int64([token]), vocab, temperature=temperature)
+            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            t = np.float64(np.float32(temperature))
+            z = np.float64(np.float32(x)) / t
+            d = z - z.max()
+            gap = np.minimum(np.abs(d), 104)
+            case = f"{what}, T = {temperature}, target {token}"
+            logp = d[token] - np.log(np.exp(d).sum())
+            close(f"{case}, logprob", logprobs[0], logp, 2e-6 + 3e-7 * gap[token], 1e-6)
+            want = (softmax(d) - (np.arange(vocab) == token)) / t
+            close(f"{case}, gradient", matrix.matrix()[0], want, 2e-6 + 3e-7 * gap, 3e-7 / t)
+
+
+def softcaps(module, chip):
+    """Chunks near 0, far from it on one side or both, and mixed; caps and temperatures at which each is a matter."""
+    module.configure(1, 1 << 20)
+    vocab, rng, token = 1300, np.random.default_rng(0), 1290  # in the third chunk: the first two are whole
+    normal, few = rng.normal(0, 1, vocab), np.arange(vocab) % 128 == 77
+    shapes = {
+        "near": normal * 0.1, "wide": normal, "high": normal * 0.05 + 0.7, "low": normal * 0.05 - 0.7,
+        "few high": normal * 0.1 + 0.9 * few, "few low": normal * 0.1 - 0.9 * few,
+        "rising": np.linspace(-0.5, 0.5, vocab),
+    }  # fmt: skip
+    for cap, temperature in (
+        (1e-4, 1.0),
+        (1e-5, 1e-5),
+        (0.3, 0.01),
+        (30.0, 1.0),
+        (30.0, 0.1),
+        (1e4, 100.0),
+        (1e6, 1e5),
+    ):
+        for what, shape in shapes.items():
+            x = np.float64(np.float32(shape * cap))
+            matrix = Matrix.of([x])
+            asked = asked_for(
+                module, np.int64([token]), vocab, softcap=cap, temperature=temperature, plain=False,
+                terms_asked=terms(entropy=True, entropy_coef=0.5),
+            )  # fmt: skip
+            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            t, c = np.float64(np.float32(temperature)), np.float64(np.float32(cap))
+            tanh = np.tanh(x / c)
+            d = c * tanh / t - (c * tanh / t).max()
+            p, log_p, is_target = softmax(d), d - np.log(np.exp(d).sum()), np.arange(vocab) == token
+            entropy = -(p * log_p).sum()
+            error, case = 2e-6 + c / t * 8e-7, f"{what}, cap {cap}, T = {temperature}"
+            close(f"{case}, logprob", logprobs[0], log_p[token], error, error)
+            close(f"{case}, entropy", logprobs[1], entropy, error, 3 * error)
+            by_z = p - is_target + 0.5 * p * (log_p + entropy)
+            size = p + is_target + p * (1 + np.abs(log_p) + entropy)
+            got = matrix.matrix()[0] * t
+            close(f"{case}, gradient", got, by_z * (1 - tanh**2), 0, 4 * error * size + 1e-7)
+
+
+def rows_of_two_lengths(module, chip):
+    """By its phase a row has 127 vectors or 128, which is where a warp's share ends, and one block has them all."""
+    n, vocab = 6, 513
+    module.configure(1, 1 << 20)
+    for descending in (False, True):
+        module.set(descending=descending)
+        logits = Matrix.of(np.random.default_rng(0).normal(0, 1, (n, vocab)))
+        x = logits.matrix()
+        logits.guard([False] * n)
+        one_pass(module, logits.arg, logits.arg, asked_for(module, np.zeros(n, np.int64), vocab), chip)
+        logits.guard([False] * n, on=False)
+        close("grad", logits.matrix(), softmax(x) - (np.arange(vocab) == 0), 1e-5, 1e-6)
+
+
+def surest_target(module, chip):
     """1 - p just above float32's smallest normal number, where e^-gap is below it."""
     vocab, gap = 33013, 97.0
     x = np.zeros((1, vocab), np.float32)
     x[0, 5] = gap
     rest = (vocab - 1) * np.exp(-gap)
     rows = Matrix.of(x)
-    loss, _, _ = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([5]), vocab))
+    loss, _, _ = one_pass(module, rows.arg, rows.arg, asked_for(module, np.int64([5]), vocab), chip)
     close("surest, loss and gradient", [loss[0], rows.matrix()[0, 5]], [rest, -rest], 2e-6 + 3e-7 * gap)
 
 
-def with_terms(module):
+def with_terms(module, chip):
     module.configure(1, 1 << 20)
     nan, inf = float("nan"), float("inf")
 
@@ -468,6 +565,7 @@ def with_terms(module):
                 module, np.int64([token]), len(x), softcap=softcap, temperature=temperature, terms_asked=terms(**asked),
                 plain=False,
             ),
+            chip,
         )  # fmt: skip
         return loss[0], rows.matrix()[0]
 
@@ -485,6 +583,10 @@ def with_terms(module):
         loss, grad = one_token([mask, 3.0, mask], 1, temperature=0.5, z_loss=0.5, entropy=True, entropy_coef=1.0)
         close("others masked, z-loss", loss, 0.5 * 6.0**2, 1e-6)
         close("others masked, z-loss, gradient", grad, [0, 2 * 6.0, 0], 1e-6)
+    for mask in (-1e4, -1e6, -1e9):  # a mask's distance is a mask away from the rest, too
+        loss, grad = one_token([mask, 3.0, mask], 1, label_smoothing=0.5)
+        close("others masked, smoothed", loss, 0.5 * (3 - mask) * 2 / 3, 1e-6)
+        close("others masked, smoothed, gradient", grad, [-1 / 6, 1 / 6 + 1 / 6, -1 / 6], 1e-6)
 
     def two_phase(coefficients, upstream, token=0):
         rows, table = (
@@ -511,8 +613,20 @@ def with_terms(module):
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
-    quick = (extremes, lone_class, sure_targets, surest_target, with_terms, far_rows, unreadable_rows)
-    by_hand = [(f.__name__, lambda f=f: f(module)) for f in quick]
+    quick = (
+        extremes,
+        lone_class,
+        sure_targets,
+        far_rows_and_masks,
+        softcaps,
+        rows_of_two_lengths,
+        surest_target,
+        with_terms,
+        far_rows,
+        unreadable_rows,
+    )
+    chips = None, (32, 1, 0), (64, 2, 40)
+    by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
         try:

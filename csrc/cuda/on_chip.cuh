@@ -1,0 +1,357 @@
+// An engine: a row lives on one multiprocessor. Its vectors are copied once from memory to shared memory and swept
+// twice there; what does not fit is read twice, the second time from L2.
+//
+//     sweep 1    waits for the oldest copies, chunk by chunk
+//     sweep 2    copies the next row into each slot that it has emptied
+//
+// so that memory always has something to do: stores and loads of neighbouring rows, with one barrier per row, that of
+// the reduction. A slot belongs to one thread, which alone fills it, reads it and fills it again: program order and
+// wait_copies are all the order there has to be. Nothing waits in a loop.
+//
+//     chunk      kSlots * blockDim.x neighbouring vectors, kSlots * 32 of them of one warp, every 32nd of one thread
+//     group      the copies of a chunk, which arrive together. A row has kGroups, whatever its length, the last ones
+//                empty: to wait for a chunk is then to wait for all but a constant number of groups
+//
+// The copies alone keep memory busy. A load into a register that is issued ahead does not: it holds one of a warp's six
+// scoreboards, which the loops need, and the first to wait for that one waits for the load.
+//
+// Edges, phases and the order of sums are as in two_sweeps.cuh: a warp takes the vectors of a chunk one by one where
+// the row ends or an element is left out, and no other warp does.
+#pragma once
+
+#include "async.cuh"
+#include "block.cuh"
+#include "two_sweeps.cuh"
+
+namespace fused_losses {
+
+constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in registers at a time
+constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
+
+// As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
+// a thread may have for its share, a fold would make infinities.
+template <class Sums, class Z>
+class FoldedOnline {
+  public:
+    __device__ __forceinline__ explicit FoldedOnline(const Z& z)
+        : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), from_(start()), exponent_(z, from_) {}
+
+    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk.
+    template <class T, class Inside>
+    __device__ __forceinline__ void add(const uint4 (&vectors)[kSlots], Inside inside) {
+        PackedMax<T> max;
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u)
+            if (inside(u)) max.add(vectors[u]);
+        rise(max.with(max_));
+        add_levels<T>(vectors, inside, [&](float x) { return z_.level(x); });
+    }
+    // The same of all vectors if their levels are cheap in all threads of the warp; else nothing, and false.
+    template <class T>
+    __device__ __forceinline__ bool add_cheap(const uint4 (&vectors)[kSlots]) {
+        PackedMax<T> max;
+        PackedMin<T> min;
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            max.add(vectors[u]);
+            min.add(vectors[u]);
+        }
+        const float most = max.with(kFloor);
+        const bool cheap = z_.cheap(min.of(), most) && z_.little_above(most, from_);
+        if (__any_sync(kFullMask, !cheap)) return false;
+        max_ = fmaxf(max_, most);
+        add_levels<T>(vectors, [](int) { return true; }, [&](float x) { return z_.cheap_level(x); });
+        return true;
+    }
+    __device__ __forceinline__ void add(float x) {
+        rise(fmaxf(max_, x));
+        add_to(sums_, z_.level(x));
+    }
+    // A vector without element left_out, whose logit is returned.
+    template <class T>
+    __device__ __forceinline__ float add_without(const uint4& vector, int left_out) {
+        float x[kWidth<T>], max = max_, found = 0.f;
+        unpack<T>(vector, x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) {
+            if (i == left_out)
+                found = x[i];
+            else
+                max = fmaxf(max, x[i]);
+        }
+        rise(max);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i)
+            if (i != left_out) add_to(sums_, z_.level(x[i]));
+        return found;
+    }
+
+    __device__ __forceinline__ Online<Sums> all() {
+        if constexpr (Z::kCostly) rise(max_);
+        sums_.rescale(-exponent_.excess(), exponent_.correction());
+        return {max_, sums_};
+    }
+
+  private:
+    __device__ __forceinline__ float start() const {
+        if constexpr (Z::kCostly) {
+            return z_.start();
+        } else {
+            return max_;
+        }
+    }
+    template <class T, class Inside, class Level>
+    __device__ __forceinline__ void add_levels(const uint4 (&vectors)[kSlots], Inside inside, Level level) {
+        Sums chunk;
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            if (!inside(u)) continue;
+            float x[kWidth<T>];
+            unpack<T>(vectors[u], x);
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, level(x[i]));
+            chunk += sums;
+        }
+        sums_ += chunk;
+    }
+    __device__ __forceinline__ void rise(float max) {
+        const Folded<Z> risen(z_, max);
+        const float exponent = exponent_.top() - risen.top();
+        sums_.rescale(exponent, exp2_approx(exponent));
+        exponent_ = risen;
+        max_ = from_ = max;
+    }
+    __device__ __forceinline__ void add_to(Sums& sums, float level) const { sums.template add<Z>(exponent_(level)); }
+
+    const Z z_;
+    float max_;
+    float from_;  // what exponents are counted from: the maximum, or where levels are costly what it was a while ago
+    Folded<Z> exponent_;
+    Sums sums_;
+};
+
+// What of a row is this thread's. The same for the vectors on chip and for the rest.
+template <class T>
+struct Share : Span<T> {
+    static constexpr int kPiece = kSlots * kWarp;  // vectors of a warp in a chunk
+
+    int step;   // vectors in a chunk
+    int first;  // this thread's in the first chunk
+    int whole;  // chunks of which this warp has all its vectors
+    int some;   // of which it has some
+
+    __device__ __forceinline__ Share(const T* row, int vocab, int log_step) : Span<T>(row, vocab), step(1 << log_step) {
+        const int warp = threadIdx.x / kWarp * kPiece;
+        first = warp + threadIdx.x % kWarp;
+        whole = (this->vectors - warp - kPiece + step) >> log_step;  // not negative: a warp's piece is within a chunk
+        some = (this->vectors - warp - 1 + step) >> log_step;
+    }
+    __device__ __forceinline__ bool has(int chunk, int u) const {
+        return chunk * step + first + u * kWarp < this->vectors;
+    }
+
+    __device__ __forceinline__ int owner(int j) const {
+        const int v = this->vector_of(j);
+        return v < 0 ? Span<T>::owner(j) : (v & (step - 1)) / kPiece * kWarp + v % kWarp;
+    }
+};
+
+template <class T>
+class OnChip {
+  public:
+    // slots: `chunks` times 2^log_step, which is kSlots * blockDim.x. At most kGroups chunks.
+    __device__ __forceinline__ OnChip(uint4* slots, int chunks, int log_step)
+        : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece + threadIdx.x % kWarp),
+          chunks_(chunks),
+          log_step_(log_step) {}
+
+    // Begins to copy a row, which may be none, into slots that nobody needs any more.
+    __device__ __forceinline__ void fetch(const T* row, int vocab) const {
+        const Share<T> share = share_of(row, vocab);
+        fetch_rest(row, share);
+        const uint4* const from = vectors_of(row, share);
+        for (int c = 0; c < chunks_; ++c) copy_chunk(share, from, c);
+        fill_groups();
+    }
+
+    // Until the first group of the row that was fetched last has arrived; that of none is empty, but for what has been
+    // asked for beside it.
+    __device__ __forceinline__ void wait_first() const { wait_copies<kGroups - 1>(); }
+
+    // Brings the beginning of a row to L2 while the slots are still in use: memory has work while a row's end is
+    // reduced.
+    __device__ __forceinline__ void announce(const T* row, int vocab, int vectors) const {
+        const Share<T> share = share_of(row, vocab);
+        prefetch(row + share.head, 16 * min_of(vectors, share.vectors));
+    }
+
+    // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1.
+    // Who owns that element writes its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
+    template <class Sums, class Z>
+    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit,
+                                                uint32_t& costly) const {
+        const Share<T> share = share_of(row, vocab);
+        const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
+        const bool owns = left_out >= 0 && thread == share.owner(left_out);
+        const bool near = left_out_vector >= 0 && thread / kWarp == share.owner(left_out) / kWarp;
+        const int apart = near ? left_out_vector >> log_step_ : -1;  // the chunk in which this warp takes care
+        const int edge = thread < share.edges ? share.edge(thread) : -1;
+        const float of_edge = edge >= 0 ? to_float(row[edge]) : 0.f;  // on its way while vectors are summed
+        const uint4* const rest = vectors_of(row, share);
+        FoldedOnline<Sums, Z> acc(z);
+
+        // Chunks c to end - 1. read: the vector in slot u; done: with the chunk.
+        const auto walk = [&](int c, int end, auto read, auto done) {
+            while (c < end) {
+                uint4 raw[kSlots];
+                const int stop = min_of(end, c <= apart ? apart : share.whole);
+                for (; c < stop; ++c) {
+                    read(c, raw, [](int) { return true; });
+                    if constexpr (Z::kCostly) {
+                        if (!acc.template add_cheap<T>(raw)) break;
+                    } else {
+                        acc.template add<T>(raw, [](int) { return true; });
+                    }
+                    done();
+                }
+                if (c == end) break;
+                if (Z::kCostly && c < kBits) costly |= 1u << c;
+                const auto inside = [&](int u) {
+                    return share.has(c, u) && c * share.step + share.first + u * kWarp != left_out_vector;
+                };
+                read(c, raw, inside);
+                acc.template add<T>(raw, inside);
+                done();
+                ++c;
+            }
+        };
+        walk(
+            0, chunks_,
+            [&](int c, uint4(&raw)[kSlots], auto inside) {
+                // Groups that were closed after chunk c's: those behind it in its row, and c of this sweep.
+                wait_copies<kGroups - 1>();
+#pragma unroll
+                for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slot(c, u)) : uint4{};
+            },
+            [] { commit_copies(); });
+        walk(
+            chunks_, share.some,
+            [&](int c, uint4(&raw)[kSlots], auto inside) {
+#pragma unroll
+                for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? load(rest + c * share.step + u * kWarp) : uint4{};
+            },
+            [] {});
+        if (edge >= 0 && edge != left_out) acc.add(of_edge);
+        if (owns) {
+            const int c = left_out_vector >> log_step_, u = left_out_vector % Share<T>::kPiece / kWarp;
+            logit = left_out_vector < 0
+                        ? of_edge
+                        : acc.template add_without<T>(
+                              c < chunks_ ? read_slot(slot(c, u)) : load(rest + c * share.step + u * kWarp),
+                              (left_out - share.head) % kWidth<T>);
+        }
+        return acc.all();
+    }
+
+    // out_j = f(in_j), out of the slots, and the next row, which may be none, into them. in and out have the same phase
+    // and may be the same.
+    // cheap: f in the chunks that are cheap to Z.
+    template <class Z, class F, class Cheap>
+    __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f,
+                                            const Cheap& cheap, uint32_t costly) const {
+        const auto is_cheap = [&](int c) { return !Z::kCostly || (c < kBits && !(costly >> c & 1)); };
+        const Share<T> share = share_of(out, vocab);
+        if (static_cast<int>(threadIdx.x) < share.edges) {
+            const int edge = share.edge(threadIdx.x);
+            assign(out[edge], f(to_float(in[edge])));
+        }
+        const Share<T> coming = share_of(next, vocab);
+        fetch_rest(next, coming);
+        uint4* const to = const_cast<uint4*>(vectors_of(out, share));
+        // Backwards, and before what is on chip: what was read last L2 still has.
+        const uint4* const rest = vectors_of(in, share);
+        for (int c = share.some - 1; c >= chunks_; --c) {
+            const auto all = [](int) { return true; };
+            const auto inside = [&](int u) { return share.has(c, u); };
+            const auto read = [&](int u) { return load_last(rest + c * share.step + u * kWarp); };
+            if (c < share.whole && is_cheap(c))
+                map_chunk(read, to + c * share.step, cheap, all);
+            else
+                map_chunk(read, to + c * share.step, f, inside);
+        }
+        const uint4* const from = vectors_of(next, coming);
+        const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
+        for (int c = 0; c < chunks_; ++c) {
+            for (; c < whole && is_cheap(c); ++c) {
+                map_slots(c, to + c * share.step, cheap, [](int) { return true; });
+                if (next) {
+#pragma unroll
+                    for (int u = 0; u < kSlots; ++u) copy_async(slot(c, u), from + c * coming.step + u * kWarp);
+                }
+                commit_copies();
+            }
+            if (c == chunks_) break;
+            map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
+            copy_chunk(coming, from, c);
+        }
+        fill_groups();
+        return share;
+    }
+
+  private:
+    static constexpr int kRestAhead = 4096;  // vectors, 64 KB: more would push out of L2 what this row still needs
+
+    static constexpr int kBits = 32;  // chunks beyond are few, and taken for costly
+
+    static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
+
+    // Of no row, none.
+    __device__ __forceinline__ Share<T> share_of(const T* row, int vocab) const {
+        return {row, row ? vocab : 0, log_step_};
+    }
+    // This thread's, from the first chunk on.
+    static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
+        return reinterpret_cast<const uint4*>(row + share.head) + share.first;
+    }
+    __device__ __forceinline__ uint4* slot(int c, int u) const { return slots_ + ((c << log_step_) + u * kWarp); }
+    __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, int c) const {
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u)
+            if (share.has(c, u)) copy_async(slot(c, u), from + c * share.step + u * kWarp);
+        commit_copies();
+    }
+    __device__ __forceinline__ void fill_groups() const {
+#pragma unroll 1
+        for (int c = chunks_; c < kGroups; ++c) commit_copies();
+    }
+    __device__ __forceinline__ void fetch_rest(const T* row, const Share<T>& share) const {
+        const int first = chunks_ * share.step, rest = share.vectors - first;
+        if (rest > 0) prefetch(row + share.head + first * kWidth<T>, 16 * min_of(rest, kRestAhead));
+    }
+
+    template <class Read, class F, class Inside>
+    static __device__ __forceinline__ void map_chunk(Read read, uint4* to, const F& f, Inside inside) {
+        uint4 raw[kSlots];
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read(u) : uint4{};
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            if (!inside(u)) continue;
+            float x[kWidth<T>];
+            unpack<T>(raw[u], x);
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+            store_streaming(to + u * kWarp, pack<T>(x));
+        }
+    }
+    template <class F, class Inside>
+    __device__ __forceinline__ void map_slots(int c, uint4* to, const F& f, Inside inside) const {
+        map_chunk([&](int u) { return read_slot(slot(c, u)); }, to, f, inside);
+    }
+
+    uint4* const slots_;  // this thread's
+    const int chunks_, log_step_;
+};
+
+}  // namespace fused_losses

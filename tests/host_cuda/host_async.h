@@ -1,0 +1,125 @@
+// Stands in for csrc/cuda/async.cuh, as unkind as the machine may be. A copy arrives when a wait demands it and no
+// sooner; until then its bytes are NaN. Its source is read when it is asked for, or when it arrives: one in ascending
+// runs, the other in descending ones.
+//
+// An error: a slot that is read or filled by two threads, read before its copy has been waited for, filled while a copy
+// to it is under way, or a copy that a block leaves under way.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "host_cuda.h"
+
+namespace host_cuda {
+
+class Copies {
+  public:
+    void ask(void* to, const void* from, int bytes) {
+        if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+            fail("a copy is not aligned to its size");
+        Place& place = at(to, bytes);
+        if (place.owner != kNobody && place.owner != block.thread.x) fail("two threads copy to one place");
+        if (place.pending) fail("a copy to where another one is under way");
+        place = {block.thread.x, true};
+        Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, {}};
+        memcpy(copy.early, from, bytes);
+        memset(to, 0xff, bytes);
+        mine().open.push_back(copy);
+        ++asked;
+    }
+    void commit() {
+        Thread& thread = mine();
+        thread.groups.push_back(std::move(thread.open));
+        thread.open.clear();
+    }
+    void wait(int pending) {
+        auto& groups = mine().groups;
+        for (; static_cast<int>(groups.size()) > pending; groups.pop_front())
+            for (const Copy& copy : groups.front()) {
+                memcpy(copy.to, descending ? copy.from : copy.early, copy.bytes);
+                at(copy.to, copy.bytes).pending = false;
+            }
+    }
+    uint4 read(const uint4* slot) {
+        const Place& place = at(const_cast<uint4*>(slot), sizeof(uint4));
+        if (place.owner == kNobody) fail("a slot is read that was never filled");
+        if (place.owner != block.thread.x) fail("a slot of another thread is read");
+        if (place.pending) fail("a slot is read whose copy has not been waited for");
+        return *slot;
+    }
+    // Of a block: its shared memory is about to be another's.
+    void end() {
+        for (const Thread& thread : threads_) {
+            bool under_way = !thread.open.empty();
+            for (const auto& group : thread.groups) under_way |= !group.empty();
+            if (under_way) fail("a block has ended with copies under way");
+        }
+        threads_.clear();
+        places_.clear();
+    }
+
+    int64_t asked = 0;
+
+  private:
+    static constexpr unsigned kNobody = ~0u;
+
+    struct Copy {
+        char* to;
+        const char* from;
+        int bytes;
+        char early[16];
+    };
+    struct Thread {
+        std::vector<Copy> open;
+        std::deque<std::vector<Copy>> groups;
+    };
+    struct Place {
+        unsigned owner = kNobody;
+        bool pending = false;
+    };
+
+    Thread& mine() {
+        threads_.resize(block.threads.x);
+        return threads_[block.thread.x];
+    }
+    Place& at(const void* p, int bytes) {
+        const char* base = reinterpret_cast<const char*>(block.shared.data());
+        const int64_t offset = static_cast<const char*>(p) - base;
+        if (offset < 0 || offset + bytes > static_cast<int64_t>(block.shared_bytes))
+            fail("a place outside shared memory");
+        places_.resize(block.shared_bytes / 4 + 1);
+        return places_[offset / 4];
+    }
+
+    std::vector<Thread> threads_;
+    std::vector<Place> places_;
+};
+
+inline Copies copies;
+inline const bool told_of_block_ends = (block.ended = [] { copies.end(); }, true);
+
+}  // namespace host_cuda
+
+namespace fused_losses {
+
+inline void copy_async(uint4* shared, const uint4* global) { host_cuda::copies.ask(shared, global, sizeof(uint4)); }
+template <class Number>
+void copy_async(Number* shared, const Number* global) {
+    host_cuda::copies.ask(shared, global, sizeof(Number));
+}
+inline void commit_copies() { host_cuda::copies.commit(); }
+template <int kPending>
+void wait_copies() {
+    host_cuda::copies.wait(kPending);
+}
+inline uint4 read_slot(const uint4* slot) { return host_cuda::copies.read(slot); }
+
+// A hint, but of what may be read, and aligned.
+inline void prefetch(const void* from, int bytes) {
+    if (bytes > 0 && (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)) host_cuda::fail("a misaligned prefetch");
+    const volatile char* bytes_of = static_cast<const volatile char*>(from);
+    for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += static_cast<int>(blockDim.x) * 16) (void)bytes_of[i];
+}
+
+}  // namespace fused_losses
