@@ -75,19 +75,23 @@ def chunk_bytes(threads: int) -> int:
     return VECTOR * SLOTS * threads
 
 
-def swept_shape(vocab: int, share: int, most: int, resident: int = 1024) -> Shape:
-    threads = min((vocab // (32 * WARP) + 1) * WARP, resident // share)
+def swept_shape(vocab: int, max_threads: int, most: int, resident: int = 1024) -> Shape:
+    threads = min((vocab // (32 * WARP) + 1) * WARP, max_threads)
     return Shape(threads, min(resident // threads, most))
 
 
 def stream_shape(vocab: int) -> Shape:
-    return swept_shape(vocab, 2, 1024)
+    return swept_shape(vocab, 256, 1024)
+
+
+def even_grid(gpu: Gpu, n: int, blocks: int) -> int:
+    return math.ceil(n / math.ceil(n / (blocks * gpu.multiprocessors)))
 
 
 def two_sweep_shape(gpu: Gpu, vocab: int, element: int) -> Shape:
     row = vocab * element * gpu.multiprocessors
     most = max((gpu.l2_bytes // 2 + row // 2) // row, 1)
-    return swept_shape(vocab, 1 if most == 1 else 2 if most < 4 else 4, most)
+    return swept_shape(vocab, 1024 // (1 if most == 1 else 2 if most < 4 else 4), most)
 
 
 def on_chip_shape(gpu: Gpu, vocab: int, element: int, resident: int = 768) -> Shape | None:
@@ -134,19 +138,19 @@ def counted(gpu: Gpu, kernel: str, element: int) -> dict[str, Sweep]:
 def stats(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
     threads, blocks, _ = stream_shape(vocab)
     loops = counted(gpu, "stats_kernel", element)
-    return Kernel(threads, blocks, min(n, blocks * gpu.multiprocessors), sums=loops["sum"])
+    return Kernel(threads, blocks, even_grid(gpu, n, blocks), sums=loops["sum"])
 
 
 def grad(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
     threads, blocks, _ = stream_shape(vocab)
     loops = counted(gpu, "grad_kernel", element)
-    return Kernel(threads, blocks, min(n, blocks * gpu.multiprocessors), maps=loops["map"], zeros=loops["zero"])
+    return Kernel(threads, blocks, even_grid(gpu, n, blocks), maps=loops["map"], zeros=loops["zero"])
 
 
 def two_sweeps(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
     threads, blocks, _ = two_sweep_shape(gpu, vocab, element)
     loops = counted(gpu, "loss_and_grad_kernel", element)
-    grid = min(n, blocks * gpu.multiprocessors)
+    grid = even_grid(gpu, n, blocks)
     return Kernel(threads, blocks, grid, sums=loops["sum"], maps=loops["map"], zeros=loops["zero"])
 
 
@@ -160,7 +164,7 @@ def one_pass(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
     return Kernel(
         shape.threads,
         shape.blocks,
-        grid=math.ceil(n / math.ceil(n / (shape.blocks * gpu.multiprocessors))),
+        grid=even_grid(gpu, n, shape.blocks),
         sums=loops["sum on chip"],
         maps=loops["map on chip"],
         zeros=loops["zero"],

@@ -24,6 +24,7 @@ KB, MB = 1 << 10, 1 << 20
 DEVICES = {
     "A100": (108, 40 * MB, (163 * KB, 164 * KB), (8, 0)),
     "H100": (132, 50 * MB, (227 * KB, 228 * KB), (9, 0)),
+    "H200": (132, 60 * MB, (227 * KB, 228 * KB), (9, 0)),
     "B200": (148, 126 * MB, (227 * KB, 228 * KB), (10, 0)),
     "L40S": (142, 96 * MB, (99 * KB, 100 * KB), (8, 9)),
 }
@@ -34,9 +35,15 @@ KERNELS = 9  # of the engine on chip: three types, three kinds of row
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory) -> structs.Module:
+def library(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
-    return structs.Module(compiler.build(folder, compiler.entry(folder)))
+    return compiler.build(folder, compiler.entry(folder))
+
+
+@pytest.fixture
+def module(library, tmp_path) -> structs.Module:
+    """A copy, which has met no device: limits are kept for the first 64."""
+    return structs.Module(Path(shutil.copy(library, tmp_path / "_of_this_test.so")))
 
 
 def device(module, name, runs=False):
@@ -96,6 +103,24 @@ def test_table(module, name, vocab, width):
     most = rows * DEVICES[name][0]
     turns = -(-4096 // most)
     assert loss.blocks == -(-4096 // turns), "as many turns for every block, or one less"
+
+
+@pytest.mark.parametrize("vocab, threads, together", [(300, 32, 32), (4000, 128, 8), (32000, 256, 4), (262144, 256, 4)])
+def test_streams(module, vocab, threads, together):
+    """Forward only and two phase: several rows per multiprocessor, of which one may end while others go on."""
+    device(module, "H200")
+    matrix = structs.Rows(16, structs.BFLOAT16, 8192, vocab, 8192, 0, vocab)
+    asked = structs.problem(structs.targets(np.zeros((1, 1), np.int64)), vocab, 1, plain=True, softcap=0.0)
+    column = structs.Column(None, 0, 1.0)
+    module.stats(logits=matrix, problem=asked, stats=structs.StatsTable(None, 8192, 1))
+    module.grad(
+        logits=matrix, grad=matrix, targets=asked.targets, transform=asked.transform,
+        stats=structs.StatsTable(None, 8192, 1), coefficients=structs.CoefficientsTable(None, 8192), upstream=column,
+        plain=True,
+    )  # fmt: skip
+    module.scale(grad=matrix, scale=None)
+    turns = -(-8192 // (together * 132))
+    assert [(it.threads, it.blocks) for it in module.launches()] == 3 * [(threads, -(-8192 // turns))]
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -260,7 +285,7 @@ BUGS = {
     ),
     "a last turn for a few": (
         "cuda/launch.cu",
-        "over(p.logits.n, turns), s.threads",
+        "even_grid(p.logits.n, s.rows), s.threads",
         "std::min<int64_t>(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors), s.threads",
         lambda m: test_table(m, "H100", 128256, 2),
     ),

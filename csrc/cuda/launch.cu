@@ -22,21 +22,29 @@ struct Shape {
     int64_t blocks;
 };
 
+int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As many blocks as give all of them the same number of rows, or one less: with all that fit, the last turn of rows
+// would leave most multiprocessors idle.
+int64_t even_grid(int64_t n, int64_t rows_at_a_time) {
+    return over(n, over(n, rows_at_a_time * device_limits().multiprocessors));
+}
+
 // How many threads a row gets decides in which order it is summed: it may depend on V, the element type and the device,
 // never on N, so that a token's numbers are the same in every batch. N only limits the number of blocks.
 //
 // resident: threads that a multiprocessor holds, whatever the kernel; __launch_bounds__ with as many sees to that. At
-// most resident / share per row and max_rows rows at a time. A thread for every 32 elements suffices: a small
-// vocabulary gets small blocks, and more of them.
-Shape shape(const Rows& rows, int resident, int share, int64_t max_rows) {
+// most max_threads per row and max_rows rows at a time. A thread for every 32 elements suffices: a small vocabulary
+// gets small blocks, and more of them.
+Shape shape(const Rows& rows, int resident, int max_threads, int64_t max_rows) {
     if (rows.vocab > INT_MAX) throw std::runtime_error("fused_losses: a vocabulary of 2^31 or more is not supported");
-    const int threads = static_cast<int>(std::min<int64_t>((rows.vocab / (32 * kWarp) + 1) * kWarp, resident / share));
-    const int64_t at_a_time = std::min<int64_t>(resident / threads, max_rows) * device_limits().multiprocessors;
-    return {threads, std::min(rows.n, at_a_time)};
+    const int threads = static_cast<int>(std::min<int64_t>((rows.vocab / (32 * kWarp) + 1) * kWarp, max_threads));
+    return {threads, even_grid(rows.n, std::min<int64_t>(resident / threads, max_rows))};
 }
 
-// Every row is read once, or not to be found in a cache anyway.
-Shape stream_shape(const Rows& rows, int resident) { return shape(rows, resident, 2, resident); }
+// Every row is read once, or not to be found in a cache anyway. What counts is that the others go on while one row
+// ends, which is most of what a short one takes: four of 256 threads rather than two of 512.
+Shape stream_shape(const Rows& rows, int resident) { return shape(rows, resident, 256, resident); }
 
 // Rows are swept twice: those in flight should stay under half of L2. Never less than one per multiprocessor, though:
 // an idle one loses more than a second read of DRAM. Fewer rows at a time get more threads each.
@@ -44,7 +52,7 @@ Shape two_sweep_shape(const Rows& rows, int64_t element_bytes, int resident) {
     const DeviceLimits limits = device_limits();
     const int64_t row_bytes = std::max<int64_t>(rows.vocab * element_bytes, 1) * limits.multiprocessors;
     const int64_t max_rows = std::max<int64_t>((limits.l2_bytes / 2 + row_bytes / 2) / row_bytes, 1);
-    return shape(rows, resident, max_rows == 1 ? 1 : max_rows < 4 ? 2 : 4, max_rows);
+    return shape(rows, resident, resident / (max_rows == 1 ? 1 : max_rows < 4 ? 2 : 4), max_rows);
 }
 
 struct OnChipShape {
@@ -55,7 +63,6 @@ struct OnChipShape {
 
 constexpr int64_t kVector = sizeof(uint4);
 
-int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
 
 // A row that is on chip as a whole gets 256 threads, and a multiprocessor as many rows as it holds: while one waits at
@@ -82,16 +89,13 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
     return {kOfOne, 1, std::min(chunks, kGroups)};
 }
 
-// As many blocks as give all of them the same number of rows, or one less: with all that fit, the last turn of rows
-// would leave most multiprocessors idle.
 template <class T, class Row>
 void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announced, uintptr_t stream) {
-    const int64_t turns = over(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors);
     // A vector's slot is where it is among the row's vectors: a last chunk that is not full needs no more than it has.
     const int64_t slots = std::min<int64_t>(p.logits.vocab / kWidth<T>, int64_t{kSlots} * s.chunks * s.threads);
     int log_step = 0;
     while (1 << log_step < kSlots * s.threads) ++log_step;
-    start(on_chip_kernel<T, Row>, over(p.logits.n, turns), s.threads, sizeof(OnChipShared<Row>) + slots * kVector,
+    start(on_chip_kernel<T, Row>, even_grid(p.logits.n, s.rows), s.threads, sizeof(OnChipShared<Row>) + slots * kVector,
           stream, OnChipParams{p, log_step, s.chunks, announced});
 }
 
