@@ -1,5 +1,6 @@
 # make demo    train a small language model with every loss, beside its eager reference (about 3 minutes on 2 cores)
 # make test    the test suite
+# make bugs    every seeded bug of the kernels, of which `make test` takes a third
 # make bench   measure every loss on every backend, and put the tables into README.md; on a GPU its tests come before
 # make lint    formatters, linters and the type checker
 #
@@ -10,13 +11,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bench lint install clean
+.PHONY: demo test bugs bench lint install clean
 
 demo: install
 	$(RUN) examples/demo.py
 
 test: $(VENV)/oracles
 	$(RUN) -m pytest -n 2 --dist loadgroup
+
+bugs: $(VENV)/oracles
+	$(RUN) -m pytest -n 2 --dist loadgroup --all-bugs -k "bug_is_caught"
 
 bench: install
 	$(RUN) bench/session.py

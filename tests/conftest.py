@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -85,6 +86,7 @@ def using(instruction_set: str) -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--instruction-set", help="what the CPU backend runs on throughout: avx512, avx2 or baseline")
+    parser.addoption("--all-bugs", action="store_true", help="every seeded bug of the kernels, not a third of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -92,12 +94,31 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "each_instruction_set: the CPU backend runs with every one of the machine, as each sums in an order of its own",
     )
+    config.addinivalue_line(
+        "markers", "seeded_bugs: each of its cases compiles or interprets kernels of its own; a third runs unless asked"
+    )
     forced = config.getoption("--instruction-set")
     if forced is None:
         return
     if forced not in instruction_sets():
         raise pytest.UsageError(f"--instruction-set {forced}: here are {', '.join(instruction_sets()) or 'none'}")
     import_module("fused_losses._cpu").use_instruction_set(forced)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All seeded bugs take as long as all other tests together. That their texts are still there is tested of each."""
+    if config.getoption("--all-bugs"):
+        return
+    left_out, of_test = [], Counter[str]()
+    for item in items:
+        if item.get_closest_marker("seeded_bugs"):
+            name = item.nodeid.partition("[")[0]
+            of_test[name] += 1
+            if of_test[name] % 3 != 1:
+                left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -450,8 +450,8 @@ BUGS = {
     # batch invariance
     "threads chosen by the number of rows": (
         "cuda/launch.cu",
-        "resident / share));",
-        "rows.n == 1 ? 32 : resident / share));",
+        "* kWarp, max_threads));",
+        "* kWarp, rows.n == 1 ? 32 : max_threads));",
     ),
     "rows in flight chosen by the number of rows": (
         "cuda/launch.cu",
@@ -474,6 +474,12 @@ UNSEEN = {
 }
 
 
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_still_one(bug):
+    compiler.edited(*BUGS[bug])
+
+
+@pytest.mark.seeded_bugs
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug, entry, cases, tmp_path):
     sanitize = bug in UNSEEN

@@ -317,6 +317,12 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_still_one(bug):
+    compiler.edited(*BUGS[bug][:3])
+
+
+@pytest.mark.seeded_bugs
+@pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug, module, tmp_path):
     *edit, check = BUGS[bug]
     mutant = structs.Module(compiler.build(tmp_path, compiler.entry(tmp_path), edit=tuple(edit)))

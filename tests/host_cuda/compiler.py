@@ -47,10 +47,7 @@ def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str,
     source = folder / "csrc"
     shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
     if edit:
-        file, old, new = edit
-        text = (source / file).read_text()
-        assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
-        (source / file).write_text(text.replace(old, new))
+        (source / edit[0]).write_text(edited(*edit))
     flags = FLAGS + (
         SANITIZE if sanitize else ["-O0"] if edit else []
     )  # most bugs are found sooner than code is optimised
@@ -58,6 +55,12 @@ def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str,
     run(CXX, *flags, f"-I{HERE}", f"-I{source}", "-c", HERE / "device.cpp", "-o", device)
     run(CXX, *flags, "-shared", *objects, device, "-o", folder / LIBRARY)
     return folder / LIBRARY
+
+
+def edited(file: str, old: str, new: str) -> str:
+    text = (CSRC / file).read_text()
+    assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
+    return text.replace(old, new)
 
 
 def sweep(

@@ -173,16 +173,25 @@ MUTANTS = [
 ]
 
 
+def kernels_folder() -> Path:
+    return Path(importlib.import_module("fused_losses.triton_kernels.rows").__file__).parent
+
+
+def edited(file: str, old: str, new: str) -> str:
+    text = (kernels_folder() / file).read_text()
+    assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
+    return text.replace(old, new)
+
+
 def use_mutant(directory: Path, file: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point the backend at a copy of the kernels with one substitution in it."""
     package = f"mutant_{abs(hash((file, old, new)))}"
-    source = Path(importlib.import_module("fused_losses.triton_kernels.rows").__file__).parent
+    source = kernels_folder()
     (directory / package).mkdir()
     for path in source.glob("*.py"):
         text = path.read_text()
         if path.name == file:
-            assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
-            text = text.replace(old, new)
+            text = edited(file, old, new)
         (directory / package / path.name).write_text(text)
     monkeypatch.syspath_prepend(directory)
     kernels = backend._kernels(package)
@@ -250,6 +259,12 @@ def test_the_checks_pass_on_the_kernels_as_they_are(tmp_path: Path, monkeypatch:
     check_everything(monkeypatch)
 
 
+@pytest.mark.parametrize(("file", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
+def test_bug_is_still_one(file: str, old: str, new: str) -> None:
+    edited(file, old, new)
+
+
+@pytest.mark.seeded_bugs
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("file", "old", "new"), MUTANTS, ids=range(len(MUTANTS)))
 def test_seeded_bug_is_caught(file: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
