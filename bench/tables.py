@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cells import (
     MODES,
@@ -212,21 +213,35 @@ LOSSES = {"": "plain", "Identity": "with terms", "Softcap": "with terms and a so
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float": "fp32"}
 
 
+class Engine(NamedTuple):
+    name: str
+    sum: str  # its loops
+    map: str
+
+
+ENGINES = {
+    "on_chip_kernel": Engine("on chip", "sum on chip", "map on chip"),
+    "loss_and_grad_kernel": Engine("two sweeps", "sum", "map"),
+}
+
+
 def machine_code(files: list[Path]) -> str:
     """Instructions per element of one pass, the sum and the gradient together, of the newest file."""
     if not files:
         return markdown(["CUDA kernels", ""], [["any architecture", NOT_MEASURED]])
     newest = max(map(read, files), key=lambda records: records[0]["date"])
-    one_pass = [r for r in newest if r["kernel"].endswith("loss_and_grad_kernel")]
+    one_pass = where(newest, kernel=tuple(ENGINES))
     architectures = by_number(r["architecture"] for r in one_pass)
 
-    def per_element(transform: str, dtype: str, architecture: str) -> str:
-        (r,) = where(one_pass, transform=transform, dtype=dtype, architecture=architecture)
-        loops = r["instructions_per_element"]
-        return f"{loops['sum'] + loops['map']:.1f}, {r['registers']}"
+    def per_element(kernel: str, transform: str, dtype: str, architecture: str) -> str:
+        (r,) = where(one_pass, kernel=kernel, transform=transform, dtype=dtype, architecture=architecture)
+        engine, loops = ENGINES[kernel], r["instructions_per_element"]
+        return f"{loops[engine.sum] + loops[engine.map]:.1f}, {r['registers']}"
 
     rows = [
-        [f"{loss}, {element}", *(per_element(transform, dtype, a) for a in architectures)]
+        [f"{engine.name}: {loss}, {element}", *(per_element(kernel, transform, dtype, a) for a in architectures)]
+        for kernel, engine in ENGINES.items()
+        if where(one_pass, kernel=kernel)
         for transform, loss in LOSSES.items()
         for dtype, element in ELEMENTS.items()
     ]
