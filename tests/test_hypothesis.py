@@ -94,7 +94,9 @@ def test_any(name, examples):
 
         zero = torch.zeros_like(x)
         spread = 2 + x + finite(case.keywords.get("old_logprobs", zero))  # the rounding of a log ratio, over EPS
-        tokens = run(case.reference, case.having(reduction="none", inplace=False)).loss
+        each = case.having(reduction="none", inplace=False)
+        tokens = run(case.reference, each).loss
+        tokens = torch.where(torch.isfinite(tokens), run(case.reference, each, torch.float64).loss.float(), tokens)
         scale = spread * (finite(tokens) + finite(case.keywords.get("advantages", zero)) + 1e-30)
         if case.keywords["reduction"] != "none":
             weights = case.keywords.get("weights", 1 + zero)[case.target_tokens != -100]
