@@ -129,7 +129,8 @@ def cuda_units(nvcc: Path) -> list[tuple[str, list[str]]]:
     architectures = known_architectures(nvcc)
     define = f'-DFL_CUDA_ARCHITECTURES="{";".join(architectures)}"'
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    flags.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    newest = architectures[-1].rstrip("a")  # PTX with the a runs on that architecture alone
+    flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     return [*((source, [define, *flags]) for source in sources), ("csrc/bindings_cuda.cpp", [define])]
 
