@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import backends
+from fused_losses.speed import Produced
 
 FUSED = "fused"  # the contender that is this library; its records name the backend
 
@@ -36,18 +37,6 @@ class Contender:
     @property
     def key(self) -> str:
         return f"{self.name} {self.backend or ''} {self.mode}"
-
-
-class Produced(torch.autograd.Function):
-    """Logits as an operation's output, which is what may be overwritten, without an operation's time."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 def runner(loss: LossOfLogits, problem: Problem, mode: str) -> Callable[[], Result]:

@@ -87,9 +87,8 @@ def rows(
 def _calls(
     name: str, logits: Tensor, target_tokens: Tensor, inputs: dict[str, Any], copy: Tensor
 ) -> dict[str, Callable[[], Any]]:
-    """By the fields of Row."""
+    """By the fields of Row. In place the gradient goes over what the copy wrote just before."""
     loss = getattr(fused_losses, name)
-    work = copy  # in place the gradient goes over what the copy wrote just before
 
     def forward() -> None:
         with torch.no_grad():
@@ -100,8 +99,8 @@ def _calls(
         torch.autograd.grad(loss(leaf, target_tokens, **inputs), leaf)  # nothing accumulates, which may copy
 
     def inplace() -> None:
-        leaf = torch.zeros((), device=work.device, requires_grad=True)
-        produced = _Produced.apply(leaf, work)  # type: ignore[no-untyped-call]
+        leaf = torch.zeros((), device=copy.device, requires_grad=True)
+        produced = Produced.apply(leaf, copy)  # type: ignore[no-untyped-call]
         torch.autograd.grad(loss(produced, target_tokens, **inputs, inplace=True), produced)
 
     return {
@@ -109,12 +108,12 @@ def _calls(
         "forward": forward,
         "read": logits.view(-1).view(torch.float32).sum if logits.numel() % 2 == 0 else logits.sum,
         "copy": lambda: copy.copy_(logits),
-        "inplace": inplace,  # after the copy, which gives it logits again
+        "inplace": inplace,  # after the copy
     }
 
 
-class _Produced(torch.autograd.Function):
-    """The output of an operation, as what is overwritten has to be, in no time."""
+class Produced(torch.autograd.Function):
+    """Logits as an operation's output, which is what may be overwritten, without an operation's time."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, logits: Tensor) -> Tensor:

@@ -48,9 +48,8 @@ def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str,
     shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
     if edit:
         (source / edit[0]).write_text(edited(*edit))
-    flags = FLAGS + (
-        SANITIZE if sanitize else ["-O0"] if edit else []
-    )  # most bugs are found sooner than code is optimised
+    # most bugs are found sooner than code is optimised
+    flags = [*FLAGS, *(SANITIZE if sanitize else ["-O0"] if edit else [])]
     device = folder / "device.o"
     run(CXX, *flags, f"-I{HERE}", f"-I{source}", "-c", HERE / "device.cpp", "-o", device)
     run(CXX, *flags, "-shared", *objects, device, "-o", folder / LIBRARY)
