@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -208,23 +208,21 @@ def composed(
     logp, entropy = read(asked_tokens, wanted.entropy)
 
     # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
-    @overload
-    def masked(name: str, value: Column) -> Tensor: ...
-    @overload
-    def masked(name: str, value: None) -> None: ...
-    def masked(name: str, value: Column | None) -> Tensor | None:
-        if value is None:
-            return None
+    def masked(name: str, value: Column) -> Tensor:
         where = seen if name == "old_logprobs" else active
         column = constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
         return column.masked_fill(~where, NEUTRAL.get(name, 0.0))
 
-    tokens = tokens._replace(columns={name: masked(name, value) for name, value in columns.items()})
+    # Not one function with overloads: Dynamo traces this, and torch 2.11's on Python 3.12 stops at typing.overload.
+    def masked_if_given(name: str, value: Column | None) -> Tensor | None:
+        return None if value is None else masked(name, value)
+
+    tokens = tokens._replace(columns={name: masked_if_given(name, value) for name, value in columns.items()})
     terms = terms._replace(
-        log_ratio_clamp=masked("log_ratio_clamp", terms.log_ratio_clamp),
-        importance_weights=masked("importance_weights", terms.importance_weights),
+        log_ratio_clamp=masked_if_given("log_ratio_clamp", terms.log_ratio_clamp),
+        importance_weights=masked_if_given("importance_weights", terms.importance_weights),
         entropy_coef=masked("entropy_coef", terms.entropy_coef) if wanted.entropy else 0.0,
-        ref_logprobs=masked("ref_logprobs", terms.ref_logprobs),
+        ref_logprobs=masked_if_given("ref_logprobs", terms.ref_logprobs),
         kl_coef=masked("kl_coef", terms.kl_coef) if wanted.kl else 0.0,
     )
     value = objective(torch.where(seen, logp, 0.0), tokens)
