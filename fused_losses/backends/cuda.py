@@ -21,6 +21,8 @@ class Cuda(Native):
         index = device.index if device.index is not None else torch.cuda.current_device()
         return self.module.unusable(index) or None
 
+    # Traced, as by compiled autograd, the stream would be Dynamo's, without a pointer. Not recursive: 0.1 us, not 0.3.
+    @torch.compiler.disable(recursive=False)
     def launch(self, function: Callable[..., None], device: torch.device, *args: Any) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream
         if device.index == torch.cuda.current_device():  # asking is cheaper than switching
