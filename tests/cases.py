@@ -114,9 +114,10 @@ def make(
         rows[1:2].scatter_(1, flat_target[1:2, None], 12.0)
     if ignored and n >= 3:
         flat_target[2] = keywords.get("ignore_index", -100)
-    x = reference.logprobs(logits.double(), target, **_transforms(keywords))
-    keywords = {k: v(x.cpu()) if callable(v) else v for k, v in keywords.items()}
-    inputs = {name: INPUTS.get(name, INPUTS["beta"])(x.cpu()) for name in OBJECTIVES[objective].inputs}
+    here = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in _transforms(keywords).items()}
+    x = reference.logprobs(logits.double(), target, **here)
+    keywords = {k: v(x) if callable(v) else v for k, v in keywords.items()}
+    inputs = {name: INPUTS.get(name, INPUTS["beta"])(x) for name in OBJECTIVES[objective].inputs}
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in (inputs | keywords).items()}
     return Case(objective, storage.to(device), target.to(device), moved, view)
 

@@ -41,7 +41,7 @@ def objective(
     if name == "importance_sampling":
         return -r * a
     if name == "ppo":
-        free = r if delta is None else torch.minimum(r, torch.as_tensor(delta, dtype=r.dtype))
+        free = r if delta is None else torch.minimum(r, bound(delta, r))
         loss = torch.maximum(-free * a, -torch.clamp(r, bound(low, r), bound(high, r)) * a)
         return loss if dual_clip is None else torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
     if name == "cispo":
@@ -54,13 +54,13 @@ def objective(
 
 
 def bound(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype)
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
 def log_ratio(x: Tensor, q: Tensor, clamp: Tensor | float | None) -> Tensor:
     if clamp is None:
         return x - q
-    clamp = torch.as_tensor(clamp, dtype=x.dtype)
+    clamp = bound(clamp, x)
     return torch.clamp(x - q, -clamp, clamp)
 
 
@@ -94,7 +94,7 @@ def policy(
     if importance_weights is not None:
         loss = importance_weights * loss
     if ref_logprobs is not None:
-        penalty = kl(x, torch.as_tensor(ref_logprobs, dtype=x.dtype), kl_type)
+        penalty = kl(x, bound(ref_logprobs, x), kl_type)
         if kl_weighted_by_ratio:
             penalty = torch.exp(log_ratio(x, old_logprobs, bounds.get("log_ratio_clamp"))) * penalty
         loss = loss + kl_coef * penalty

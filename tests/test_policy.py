@@ -457,7 +457,7 @@ def test_metrics_of_an_overflowing_ratio(backend, device):
     case = make("ppo", (4,), 31, device=device, ignored=False)
     case.keywords["old_logprobs"][1] = -200.0
     outputs = case.public(backend)(case.logits, case.target_tokens, return_outputs=True, **case.keywords)[1]
-    assert outputs.metrics["effective_sample_size"] == pytest.approx(0.25)
+    assert outputs.metrics["effective_sample_size"].item() == pytest.approx(0.25)
     assert outputs.metrics["ratio_max"] == INF
 
 

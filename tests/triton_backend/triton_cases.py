@@ -25,6 +25,7 @@ pytest.importorskip("triton")  # here, and so in all that imports this
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="watches the interpreter's memory accesses")
 
+CPU = torch.device("cpu")  # of the truth
 IGNORE = -100
 BOUNDS = {"ppo": (0.8, 1.2), "cispo": (0.8, 1.2), "dro": (0.1,), "sapo": (1.0, 1.05)}
 PLAIN = Terms()
@@ -245,7 +246,7 @@ class Case:
         def column(value: Column) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float64).expand(self.n)[read]
 
-        inputs = [column(c) for c in problem(self.targets, self.vocab, objective, self.inputs).inputs]
+        inputs = [column(c) for c in problem(self.targets, self.vocab, objective, self.inputs, device=CPU).inputs]
         names = ("importance_weights", "ref_logprobs", "kl_coef", "entropy_coef", "log_ratio_clamp")
         columns = {name: column(getattr(terms, name)) for name in names}
         seen = Seen(x, lse, entropy, lse - z.mean(-1), whole)
