@@ -167,7 +167,8 @@ class _Sum(torch.autograd.Function):
         # offsets into bounds and order here
         offsets = cu_seqlens.clamp(0, values.shape[0]).cummax(0).values
         total = torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True)
-        return total.to(_kind(values))
+        # unless it changes nothing: of such a result torch 2.11's Dynamo loses the gradient
+        return total if values.dtype is torch.float64 else total.to(_kind(values))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
