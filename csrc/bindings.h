@@ -289,6 +289,8 @@ inline Problem problem(PyObject* record, int64_t n, const float* loss = nullptr)
     return out;
 }
 
+inline bool averages(const Problem& problem, const float* loss) { return loss && problem.denominator.data == loss; }
+
 inline LogprobsTable logprobs(PyObject* object, const Problem& problem, int64_t n) {
     const int64_t num = problem.targets.num;
     return {floats(object, problem.plain ? n : (num + 1) * n, python().logprobs), n, num};
@@ -325,16 +327,6 @@ void run(const Params& params, uintptr_t stream) {
     launch(params, stream);
 }
 
-// Of a stage that divides by the problem's denominator.
-template <class Params>
-void run_and_divide(const Params& params, int64_t n, uintptr_t stream) {
-    py::gil_scoped_release release;
-    const Problem& asked = params.problem;
-    if (params.loss && asked.denominator.data == params.loss)
-        launch(NormaliserParams{n, asked.targets, asked.weights, params.loss}, stream);
-    launch(params, stream);
-}
-
 inline void bind(py::module_& m, dlpack::DeviceType device_type) {
     python_slot() = new Python(device_type);
 
@@ -348,10 +340,10 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const Rows logits = matrix(logits_arg.ptr(), python().logits);
         float* const into = floats(loss.ptr(), 1, python().loss);
         const Problem asked = problem(record.ptr(), logits.n, into);
-        run_and_divide(LossAndGradParams{logits, gradient_of(logits, gradient.ptr()), asked,
-                                         logprobs(logprobs_arg.ptr(), asked, logits.n),
-                                         floats(row_losses.ptr(), logits.n, python().row_losses), into},
-                       logits.n, stream);
+        run(LossAndGradParams{logits, gradient_of(logits, gradient.ptr()), asked,
+                              logprobs(logprobs_arg.ptr(), asked, logits.n),
+                              floats(row_losses.ptr(), logits.n, python().row_losses), into, averages(asked, into)},
+            stream);
     });
     m.def("stats", [](py::handle logits_arg, py::handle record, py::handle stats_arg, uintptr_t stream) {
         const Rows logits = matrix(logits_arg.ptr(), python().logits);
@@ -364,11 +356,10 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const int64_t n = tokens_of(record.ptr());
         float* const into = loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss);
         const Problem asked = problem(record.ptr(), n, into);
-        run_and_divide(
-            ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
+        run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
                             logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
-                            coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into},
-            n, stream);
+                            coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into, averages(asked, into)},
+            stream);
     });
     m.def("grad", [](py::handle logits_arg, py::handle gradient, py::handle targets_arg, py::handle transform_arg,
                      py::handle stats_arg, py::handle coefficients_arg, py::handle upstream, uintptr_t stream) {

@@ -169,6 +169,7 @@ struct LossAndGradParams {
     LogprobsTable logprobs;
     float* row_losses;  // (N,) scratch: weight * loss per token
     float* loss;        // (1,)
+    bool averages;      // the denominator is a mean's normaliser, to be formed first, where the loss will be
 };
 
 // Stage 1: what a row shows of the vocabulary.
@@ -186,7 +187,8 @@ struct ObjectiveParams {
     LogprobsTable logprobs;
     float* row_losses;  // (N,): weight * loss per token
     CoefficientsTable<float> coefficients;
-    float* loss;  // (1,), or null: no reduction and denominator 1
+    float* loss;    // (1,), or null: no reduction and denominator 1
+    bool averages;  // as above
 };
 
 // Stage 3: the gradient from stats and coefficients, each times upstream; a row where either is 0 is zero and its

@@ -60,7 +60,7 @@ def launch(module, vocab, dtype, n=4096, plain=True, softcap=0.0, gap=0, stream=
     asked = structs.problem(structs.targets(np.zeros((1, 1), np.int64)), vocab, 1, plain=plain, softcap=softcap)
     module.loss_and_grad(
         stream=stream, logits=matrix, grad=grad, problem=asked, logprobs=structs.LogprobsTable(None, n, 1),
-        row_losses=None, loss=None,
+        row_losses=None, loss=None, averages=False,
     )  # fmt: skip
     return module.launches()
 
@@ -193,12 +193,12 @@ def test_two_sweeps_where_limits_can_not_be_raised(module):
 def test_a_launch_that_fails(module, vocab):
     device(module, "H100")
     module.unusable(module.current())
-    module.fail("cudaLaunchKernel", 2)
+    module.fail("cudaLaunchKernelEx", 2)
     try:
         with pytest.raises(RuntimeError, match="could not be launched: cudaErrorMemoryAllocation"):
             launch(module, vocab, structs.BFLOAT16)
     finally:
-        module.fail("cudaLaunchKernel", 0)
+        module.fail("cudaLaunchKernelEx", 0)
     assert module.last_error() == 0
     assert launch(module, vocab, structs.BFLOAT16)
 

@@ -1,12 +1,13 @@
-// Reductions over a block. Every thread gets the same bits: a butterfly adds the same pairs in every lane, and addition
+// Reductions over a block, or a team of them. Every thread gets the same bits: a butterfly adds the same pairs in every lane, and addition
 // commutes. The order is fixed, so results repeat bitwise.
 #pragma once
 
 #include "sums.cuh"
+#include "team.cuh"
 
 namespace fused_losses {
 
-constexpr int kWarp = 32;  // as many lanes as a block has warps at most, so that one warp can reduce the partials
+constexpr int kWarp = 32;  // as many lanes as a team has warps at most, so that one warp can reduce the partials
 constexpr unsigned kFullMask = 0xffffffffu;
 
 template <class T>
@@ -39,19 +40,24 @@ struct Partials {
 
 // reduce: over a warp, T -> T. identity: of lanes that have no warp's partial to contribute.
 //
-// One barrier. Two sets of partials take turns: a warp that is already in the next reduction must not overwrite what a
+// One barrier, of the team. Two sets of partials take turns: a warp that is already in the next reduction must not overwrite what a
 // slower one still reads, and nobody is two ahead, because of the barrier in between. turn: 0 at first, the same for
 // all reductions of a kernel, as one of another kind is such a barrier, too.
 template <class T, class Reduce>
-__device__ __forceinline__ T block_reduce(Partials<T>& shared, int& turn, T x, T identity, Reduce reduce) {
+__device__ __forceinline__ T team_reduce(const Team& team, Partials<T>& shared, int& turn, T x, T identity,
+                                         Reduce reduce) {
     T* partials = shared.of_warps[turn];
     turn ^= 1;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     x = reduce(x);
-    if (lane == 0) partials[warp] = x;
-    __syncthreads();
-    if (lane < warps) identity = partials[lane];
+    if (lane == 0) team.tell(partials[team.rank() * warps + warp], x);
+    team.barrier();
+    if (lane < team.size() * warps) identity = partials[lane];
     return reduce(identity);
+}
+template <class T, class Reduce>
+__device__ __forceinline__ T block_reduce(Partials<T>& shared, int& turn, T x, T identity, Reduce reduce) {
+    return team_reduce(Team(), shared, turn, x, identity, reduce);
 }
 
 }  // namespace fused_losses

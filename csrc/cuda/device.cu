@@ -70,7 +70,7 @@ DeviceLimits device_limits() {
     const bool keep = error == cudaSuccess && device < kDevices;
     if (keep)
         if (const DeviceLimits* limits = kept[device].load(std::memory_order_acquire)) return *limits;
-    int multiprocessors = 0, l2_bytes = 0, of_block = 0, of_multiprocessor = 0;
+    int multiprocessors = 0, l2_bytes = 0, of_block = 0, of_multiprocessor = 0, major = 0;
     const auto ask = [&](int& out, cudaDeviceAttr what) {
         if (error == cudaSuccess) error = cudaDeviceGetAttribute(&out, what, device);
     };
@@ -78,9 +78,10 @@ DeviceLimits device_limits() {
     ask(l2_bytes, cudaDevAttrL2CacheSize);
     ask(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     ask(of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    ask(major, cudaDevAttrComputeCapabilityMajor);
     if (error != cudaSuccess) throw std::runtime_error("fused_losses: no usable CUDA device (" + why(error) + ")");
     if (!allow_shared(of_block).empty()) of_block = 0;
-    const DeviceLimits limits{multiprocessors, l2_bytes, of_block, of_multiprocessor};
+    const DeviceLimits limits{multiprocessors, l2_bytes, of_block, of_multiprocessor, major >= 9};
     if (keep) kept[device].store(new DeviceLimits(limits), std::memory_order_release);  // for as long as the process
     return limits;
 }

@@ -15,6 +15,7 @@ struct DeviceLimits {
     int64_t l2_bytes;
     int64_t shared_bytes;  // that a block may have of the kernels that ask for more than usual; 0: they can't run here
     int64_t shared_bytes_of_multiprocessor;
+    bool clusters;  // whether two blocks can be launched to share their shared memory
 };
 
 // Of the current device. Asked once per device and kept: later calls, under CUDA-graph capture too, only read.

@@ -33,6 +33,19 @@ __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a
 // Will be read again soon: L1 and L2 keep it as usual. Not the non-coherent path: in place, the row is written later.
 __device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
 
+// The same of a line that L2 is to keep before all others, until load_last: what is read and written beside it, twice
+// as much as L2 holds, would push it out.
+__device__ __forceinline__ uint4 load_kept(const uint4* p) {
+    uint64_t last;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+    uint4 v;
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p), "l"(last)
+                 : "memory");
+    return v;
+}
+
 // Last use of the line: evicted first, so that it does not push out the rows that are still to be swept again.
 __device__ __forceinline__ uint4 load_last(const uint4* p) { return __ldcs(p); }
 __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }
@@ -85,7 +98,7 @@ __device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
 // The block's shared memory, of which the launch asked for sizeof(S); not initialised.
 template <class S>
 __device__ __forceinline__ S& shared_memory() {
-    extern __shared__ uint4 bytes[];
+    extern __shared__ __align__(128) uint4 bytes[];
     return *reinterpret_cast<S*>(bytes);
 }
 

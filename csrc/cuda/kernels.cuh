@@ -6,6 +6,7 @@
 #include "plain_row.cuh"
 #include "terms_row.cuh"
 #include "token_ring.cuh"
+#include "tokens.cuh"
 
 namespace fused_losses {
 
@@ -31,23 +32,44 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
         if (row.idle())  // as where the row was not read
             zero_row(grad, vocab);
         else
-            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<Distance>()));
+            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<Distance>()), row.left_out);
         row.finish(p.logprobs, threadIdx.x, blockDim.x, reads);
     }
 }
 
 struct OnChipParams {
     LossAndGradParams asked;
-    int log_step;   // of the vectors in a chunk
-    int chunks;     // in shared memory
-    int announced;  // vectors of the next row that are brought to L2 ahead of their copies
+    int log_step;      // of the vectors in a chunk
+    int chunks;        // in shared memory
+    int announced;     // vectors of the next row that are brought to L2 ahead of their copies
+    int team;          // blocks of a row
+    bool normalises;   // whether each block forms the mean's normaliser for itself
 };
 
 template <class Row>
-struct alignas(16) OnChipShared {
+struct alignas(128) OnChipShared {
     typename Row::Shared row;
     float target[2];  // the target's logit, of reductions in turn
+    Partials<double> weights;
     TokenRing ring;
+};
+
+// The rows of a team, one in each turn of all teams. Teams change places from turn to turn: else a mask whose period meets
+// their number would give the same few of them all rows that are read.
+class Turns {
+  public:
+    __device__ __forceinline__ Turns(int number, int teams) : teams_(teams), shift_(teams * 3 / 8), place_(number) {}
+    __device__ __forceinline__ int64_t row() const { return first_ + place_; }
+    __device__ __forceinline__ void advance() {
+        first_ += teams_;
+        place_ += shift_;
+        if (place_ >= teams_) place_ -= teams_;
+    }
+
+  private:
+    const int teams_, shift_;
+    int place_;
+    int64_t first_ = 0;
 };
 
 // The same, while the row is on chip. A row that the engine can't map, as its gradient has another phase or its maximum
@@ -62,9 +84,11 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
     const Problem& problem = ring.problem;
     const int64_t n = p.logits.n;
     const int vocab = static_cast<int>(p.logits.vocab);
-    const auto row_of = [](const Rows& rows,
-                           int64_t i) {  // in most tensors without its divisions: a hundred instructions
-        return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i));
+    const Team team(params.team);
+    const Part part = team.part<T>(vocab);
+    const auto row_of = [&](const Rows& rows, int64_t i) {
+        // in most tensors without its divisions: a hundred instructions
+        return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i)) + part.first;
     };
     const auto token = [&](int slot, int64_t i) -> int64_t { return Row::kSingle || ring.single() ? slot : i; };
     const auto row_to_read = [&](int slot, int64_t i) -> const T* {
@@ -74,54 +98,69 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         if (i < n) ring.fetch(slot, i);
     };
 
+    Turns turns(team.number(), team.teams());  // the rows whose tokens are fetched
+    int64_t i = turns.row(), next_i;
     ring.start(p.problem);
-    __syncthreads();
-    fetch_token(0, blockIdx.x);
-    fetch_token(1, blockIdx.x + int64_t{gridDim.x});
+    team.barrier();  // of a pair: both have begun
+    fetch_token(0, i);
+    turns.advance();
+    fetch_token(1, next_i = turns.row());
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    const T* logits = row_to_read(0, blockIdx.x);
-    chip.fetch(logits, vocab);
+    const T* logits = row_to_read(0, i);
+    chip.fetch(logits, part.size);
+    if (params.normalises) {  // while the first row is on its way
+        const float normaliser = normaliser_of(shared.weights, n, p.problem.targets, p.problem.weights);
+        if (threadIdx.x == 0) ring.problem.denominator = {nullptr, 0, normaliser};
+        if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;
+    }
     int turn = 0, slot = 0;
-    for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    while (i < n) {
         const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
         Row row(problem.targets, problem.transform, token(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
+        const int left_out = part.index_of(row.left_out);
         bool near = true;
         uint32_t costly = 0;
         if (logits) {
             float& target = shared.target[turn];
+            const auto found = [&](float logit) { team.tell(target, logit); };
             row.read_several_targets(logits, p.logprobs.data);
-            const Online<Sums> mine = chip.template sum<Sums>(logits, vocab, row.left_out, row.z, target, costly);
-            const Online<Sums> all = row.gather(mine, shared.row, turn);
+            const Online<Sums> mine = chip.template sum<Sums>(logits, part.size, left_out, row.z, found, costly);
+            const Online<Sums> all = row.gather(mine, shared.row, turn, team);
             row.take_target(target);
             row.see(all);
             near = row.near();
-            if (!near) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared.row, turn));
+            if (!near) row.see(row.gather(sum_row<Sums>(logits, part.size, left_out, row.z), shared.row, turn, team));
         } else {
             chip.wait_first();
             __syncthreads();
         }
         // One barrier ago, at least: all threads see the next token, and none needs the last one's numbers.
-        const T* const next = row_to_read(next_slot, i + gridDim.x);
-        fetch_token(last_slot, i + 2 * int64_t{gridDim.x});
-        chip.announce(next, vocab, params.announced);
+        const T* const next = row_to_read(next_slot, next_i);
+        turns.advance();
+        fetch_token(last_slot, turns.row());
+        chip.announce(next, part.size, params.announced);
         if (logits) row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
-        if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
+        if (threadIdx.x == 0 && team.rank() == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
         T* const grad = row_of(p.grad, i);
         const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
-        if (!from_slots) chip.fetch(next, vocab);
-        if (idle)
-            zero_row(grad, vocab);
-        else if (from_slots)
-            row.write_targets(
-                grad, chip.template map<decltype(row.z)>(logits, grad, vocab, next, row.template dense<Folded>(),
-                                                         row.template dense<Folded, true>(), costly));
-        else
-            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<FoldedIfNear>()));
+        if (!from_slots) chip.fetch(next, part.size);
+        if (idle) {
+            zero_row(grad, part.size);
+        } else if (from_slots) {
+            const Share<T> span =
+                chip.template map<decltype(row.z)>(logits, grad, part.size, next, row.template dense<Folded>(),
+                                                   row.template dense<Folded, true>(), costly);
+            row.write_targets(grad, span, left_out);
+        } else {
+            row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()), left_out);
+        }
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
         logits = next;
         slot = next_slot;
+        i = next_i;
+        next_i = turns.row();
     }
 }
 
@@ -157,7 +196,8 @@ __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_con
         if (row.idle())
             zero_row(grad, vocab);
         else
-            row.write_targets(grad, map_row(row_pointer<T>(p.logits, i), grad, vocab, row.template dense<Distance>()));
+            row.write_targets(grad, map_row(row_pointer<T>(p.logits, i), grad, vocab, row.template dense<Distance>()),
+                              row.left_out);
     }
 }
 

@@ -24,11 +24,9 @@ struct Shape {
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many blocks as give all of them the same number of rows, or one less: with all that fit, the last turn of rows
-// would leave most multiprocessors idle.
-int64_t even_grid(int64_t n, int64_t rows_at_a_time) {
-    return over(n, over(n, rows_at_a_time * device_limits().multiprocessors));
-}
+// As many blocks, or teams, as give all of them the same number of rows, or one less: with all that fit, the last turn of
+// rows would leave most multiprocessors idle. at_a_time: that fit.
+int64_t even_grid(int64_t n, int64_t at_a_time) { return over(n, over(n, at_a_time)); }
 
 // How many threads a row gets decides in which order it is summed: it may depend on V, the element type and the device,
 // never on N, so that a token's numbers are the same in every batch. N only limits the number of blocks.
@@ -39,7 +37,8 @@ int64_t even_grid(int64_t n, int64_t rows_at_a_time) {
 Shape shape(const Rows& rows, int resident, int max_threads, int64_t max_rows) {
     if (rows.vocab > INT_MAX) throw std::runtime_error("fused_losses: a vocabulary of 2^31 or more is not supported");
     const int threads = static_cast<int>(std::min<int64_t>((rows.vocab / (32 * kWarp) + 1) * kWarp, max_threads));
-    return {threads, even_grid(rows.n, std::min<int64_t>(resident / threads, max_rows))};
+    const int64_t at_a_time = std::min<int64_t>(resident / threads, max_rows) * device_limits().multiprocessors;
+    return {threads, even_grid(rows.n, at_a_time)};
 }
 
 // Every row is read once, or not to be found in a cache anyway. What counts is that the others go on while one row
@@ -56,26 +55,40 @@ Shape two_sweep_shape(const Rows& rows, int64_t element_bytes, int resident) {
 }
 
 struct OnChipShape {
-    int threads;  // a power of two; 0: not on chip
-    int rows;     // that a multiprocessor has at a time
-    int chunks;
+    int threads;  // of a block, a power of two; 0: not on chip
+    int blocks;   // that a multiprocessor has at a time
+    int chunks;   // of a block
+    int team;     // blocks of a row
 };
 
 constexpr int64_t kVector = sizeof(uint4);
 
 int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
 
+// Bytes of the slots of so many elements: a warp has all 32 of a vector each, or none.
+int64_t slot_bytes(int64_t elements, int64_t element_bytes) {
+    constexpr int64_t kPiece = kWarp * kVector;
+    return over(elements * element_bytes / kVector * kVector, kPiece) * kPiece;
+}
+
+// Of the larger half of a pair's row: Team::part.
+int64_t half_of(int64_t vocab, int64_t element_bytes) {
+    const int64_t line = 128 / element_bytes;
+    return over(vocab / 2, line) * line;
+}
+
 // A row that is on chip as a whole gets 256 threads, and a multiprocessor as many rows as it holds: while one waits at
 // its barrier the others go on. A row that leaves no room for a second one gets 512 threads and all there is: what is
-// left of it is read again from L2. Short rows are not worth it: what a row costs beside its elements is most of it,
-// and they are in L2 anyway. As above, nothing here may depend on N.
+// left of it is read again from L2. Where that would be too much for L2, two multiprocessors take a row together, if the
+// device has clusters and the row one target. Short rows are not worth it: what a row costs beside its elements is most
+// of it, and they are in L2 anyway. As above, nothing here may depend on N.
 //
 // scratch: bytes beside the slots.
-OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, int64_t scratch) {
+OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, int64_t scratch, bool single) {
     constexpr int64_t kShort = 16 << 10, kSmall = 96 << 10;
     constexpr int kOfOne = 512, kOfSeveral = 256, kReserved = 1024;  // bytes that the system takes of each block's
     const DeviceLimits limits = device_limits();
-    const int64_t bytes = rows.vocab * element_bytes / kVector * kVector;  // at most, of vectors, in any phase
+    const int64_t bytes = slot_bytes(rows.vocab, element_bytes);
     if (bytes < kShort || limits.shared_bytes < kSmall || rows.vocab > INT_MAX) return {};
     const auto chunks_of = [](int threads, int64_t bytes) {
         return static_cast<int>(over(bytes, chunk_bytes(threads)));
@@ -83,24 +96,35 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
     const int64_t several =
         std::min<int64_t>(limits.shared_bytes_of_multiprocessor / (bytes + scratch + kReserved), resident / kOfSeveral);
     if (several > 1 && chunks_of(kOfSeveral, bytes) <= kGroups)
-        return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes)};
+        return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes), 1};
     const int64_t room = limits.shared_bytes - scratch;
-    const int chunks = bytes <= room ? chunks_of(kOfOne, bytes) : static_cast<int>(room / chunk_bytes(kOfOne));
-    return {kOfOne, 1, std::min(chunks, kGroups)};
+    const int team = limits.clusters && single && 2 * bytes > 3 * room ? 2 : 1;
+    const int64_t own = team == 1 ? bytes : slot_bytes(half_of(rows.vocab, element_bytes), element_bytes);
+    const int chunks = own <= room ? chunks_of(kOfOne, own) : static_cast<int>(room / chunk_bytes(kOfOne));
+    return {kOfOne, 1, std::min(chunks, kGroups), team};
 }
+
+// As many tokens as every block goes through for itself, while its first row is on its way, to spare a launch.
+constexpr int64_t kFewTokens = 8192;
 
 template <class T, class Row>
 void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announced, uintptr_t stream) {
-    // A vector's slot is where it is among the row's vectors: a last chunk that is not full needs no more than it has.
-    const int64_t slots = std::min<int64_t>(p.logits.vocab / kWidth<T>, int64_t{kSlots} * s.chunks * s.threads);
+    // A vector's slot is where it is among the part's vectors: a last chunk that is not full needs no more than it has.
+    const int64_t elements = s.team == 1 ? p.logits.vocab : half_of(p.logits.vocab, sizeof(T));
+    const int64_t bytes = std::min<int64_t>(slot_bytes(elements, sizeof(T)), chunk_bytes(s.threads) * s.chunks);
     int log_step = 0;
     while (1 << log_step < kSlots * s.threads) ++log_step;
-    start(on_chip_kernel<T, Row>, even_grid(p.logits.n, s.rows), s.threads, sizeof(OnChipShared<Row>) + slots * kVector,
-          stream, OnChipParams{p, log_step, s.chunks, announced});
+    OnChipParams params{p, log_step, s.chunks, announced, s.team, p.averages && p.logits.n <= kFewTokens};
+    if (params.normalises)
+        params.asked.problem.denominator = {nullptr, 0, 1.f};  // nothing is there yet
+    else if (p.averages)
+        launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    const int64_t teams = even_grid(p.logits.n, std::max(s.blocks * device_limits().multiprocessors / s.team, 1));
+    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<Row>) + bytes, stream, params, s.team);
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
-constexpr int kAnnounced = (64 << 10) / kVector;
+constexpr int kAnnounced = (32 << 10) / kVector;
 
 template <class Visit>
 void for_type(DType dtype, Visit visit) {
@@ -145,12 +169,17 @@ void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
 }  // namespace
 
 void launch(const LossAndGradParams& p, uintptr_t stream) {
+    if (p.logits.n == 0 && p.averages)
+        launch(NormaliserParams{0, p.problem.targets, p.problem.weights, p.loss}, stream);
     if (p.logits.n > 0)
         for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
-            const OnChipShape chip = on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>));
-            if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.rows, stream);
+            const OnChipShape chip = on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>),
+                                                   p.problem.targets.single());
+            if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
+            if (p.averages)
+                launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
             const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
@@ -180,6 +209,7 @@ void launch(const StatsParams& p, uintptr_t stream) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
+    if (p.averages) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);

@@ -162,16 +162,14 @@ class OnChip {
   public:
     // slots: `chunks` times 2^log_step, which is kSlots * blockDim.x. At most kGroups chunks.
     __device__ __forceinline__ OnChip(uint4* slots, int chunks, int log_step)
-        : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece + threadIdx.x % kWarp),
-          chunks_(chunks),
-          log_step_(log_step) {}
+        : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece), chunks_(chunks), log_step_(log_step) {}
 
     // Begins to copy a row, which may be none, into slots that nobody needs any more.
     __device__ __forceinline__ void fetch(const T* row, int vocab) const {
         const Share<T> share = share_of(row, vocab);
-        fetch_rest(row, share);
         const uint4* const from = vectors_of(row, share);
-        for (int c = 0; c < chunks_; ++c) copy_chunk(share, from, c);
+        uint4* const slots = slots_of(row, share);
+        for (int c = 0; c < chunks_; ++c) copy_chunk(share, from, slots, c);
         fill_groups();
     }
 
@@ -187,9 +185,9 @@ class OnChip {
     }
 
     // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1.
-    // Who owns that element writes its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
-    template <class Sums, class Z>
-    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, float& logit,
+    // Who owns that element calls found with its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
+    template <class Sums, class Z, class Found>
+    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, const Found& found,
                                                 uint32_t& costly) const {
         const Share<T> share = share_of(row, vocab);
         const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
@@ -199,6 +197,7 @@ class OnChip {
         const int edge = thread < share.edges ? share.edge(thread) : -1;
         const float of_edge = edge >= 0 ? to_float(row[edge]) : 0.f;  // on its way while vectors are summed
         const uint4* const rest = vectors_of(row, share);
+        const uint4* const slots = slots_of(row, share);
         FoldedOnline<Sums, Z> acc(z);
 
         // Chunks c to end - 1. read: the vector in slot u; done: with the chunk.
@@ -232,24 +231,25 @@ class OnChip {
                 // Groups that were closed after chunk c's: those behind it in its row, and c of this sweep.
                 wait_copies<kGroups - 1>();
 #pragma unroll
-                for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slot(c, u)) : uint4{};
+                for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slots + place(c, u)) : uint4{};
             },
             [] { commit_copies(); });
         walk(
             chunks_, share.some,
             [&](int c, uint4(&raw)[kSlots], auto inside) {
 #pragma unroll
-                for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? load(rest + c * share.step + u * kWarp) : uint4{};
+                for (int u = 0; u < kSlots; ++u)
+                    raw[u] = inside(u) ? load_kept(rest + c * share.step + u * kWarp) : uint4{};
             },
             [] {});
         if (edge >= 0 && edge != left_out) acc.add(of_edge);
         if (owns) {
             const int c = left_out_vector >> log_step_, u = left_out_vector % Share<T>::kPiece / kWarp;
-            logit = left_out_vector < 0
-                        ? of_edge
-                        : acc.template add_without<T>(
-                              c < chunks_ ? read_slot(slot(c, u)) : load(rest + c * share.step + u * kWarp),
-                              (left_out - share.head) % kWidth<T>);
+            found(left_out_vector < 0
+                      ? of_edge
+                      : acc.template add_without<T>(
+                            c < chunks_ ? read_slot(slots + place(c, u)) : load_kept(rest + c * share.step + u * kWarp),
+                            (left_out - share.head) % kWidth<T>));
         }
         return acc.all();
     }
@@ -267,7 +267,6 @@ class OnChip {
             assign(out[edge], f(to_float(in[edge])));
         }
         const Share<T> coming = share_of(next, vocab);
-        fetch_rest(next, coming);
         uint4* const to = const_cast<uint4*>(vectors_of(out, share));
         // Backwards, and before what is on chip: what was read last L2 still has.
         const uint4* const rest = vectors_of(in, share);
@@ -281,26 +280,31 @@ class OnChip {
                 map_chunk(read, to + c * share.step, f, inside);
         }
         const uint4* const from = vectors_of(next, coming);
+        const uint4* const slots = slots_of(in, share);
+        uint4* const next_slots = slots_of(next, coming);
         const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
         for (int c = 0; c < chunks_; ++c) {
             for (; c < whole && is_cheap(c); ++c) {
-                map_slots(c, to + c * share.step, cheap, [](int) { return true; });
+                map_slots(slots, c, to + c * share.step, cheap, [](int) { return true; });
                 if (next) {
+                    __syncwarp();
 #pragma unroll
-                    for (int u = 0; u < kSlots; ++u) copy_async(slot(c, u), from + c * coming.step + u * kWarp);
+                    for (int u = 0; u < kSlots; ++u)
+                        copy_async(next_slots + place(c, u), from + c * coming.step + u * kWarp);
                 }
                 commit_copies();
             }
             if (c == chunks_) break;
-            map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
-            copy_chunk(coming, from, c);
+            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
+            __syncwarp();
+            copy_chunk(coming, from, next_slots, c);
         }
         fill_groups();
         return share;
     }
 
   private:
-    static constexpr int kRestAhead = 4096;  // vectors, 64 KB: more would push out of L2 what this row still needs
+    static constexpr int kLine = 8;  // vectors, 128 bytes
 
     static constexpr int kBits = 32;  // chunks beyond are few, and taken for costly
 
@@ -314,20 +318,20 @@ class OnChip {
     static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
     }
-    __device__ __forceinline__ uint4* slot(int c, int u) const { return slots_ + ((c << log_step_) + u * kWarp); }
-    __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, int c) const {
+    __device__ __forceinline__ uint4* slots_of(const T* row, const Share<T>& share) const {
+        const unsigned in_line = reinterpret_cast<uintptr_t>(row + share.head) / sizeof(uint4) % kLine;
+        return slots_ + (threadIdx.x + in_line) % kWarp;
+    }
+    __device__ __forceinline__ int place(int c, int u) const { return (c << log_step_) + u * kWarp; }
+    __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, uint4* slots, int c) const {
 #pragma unroll
         for (int u = 0; u < kSlots; ++u)
-            if (share.has(c, u)) copy_async(slot(c, u), from + c * share.step + u * kWarp);
+            if (share.has(c, u)) copy_async(slots + place(c, u), from + c * share.step + u * kWarp);
         commit_copies();
     }
     __device__ __forceinline__ void fill_groups() const {
 #pragma unroll 1
         for (int c = chunks_; c < kGroups; ++c) commit_copies();
-    }
-    __device__ __forceinline__ void fetch_rest(const T* row, const Share<T>& share) const {
-        const int first = chunks_ * share.step, rest = share.vectors - first;
-        if (rest > 0) prefetch(row + share.head + first * kWidth<T>, 16 * min_of(rest, kRestAhead));
     }
 
     template <class Read, class F, class Inside>
@@ -346,11 +350,11 @@ class OnChip {
         }
     }
     template <class F, class Inside>
-    __device__ __forceinline__ void map_slots(int c, uint4* to, const F& f, Inside inside) const {
-        map_chunk([&](int u) { return read_slot(slot(c, u)); }, to, f, inside);
+    __device__ __forceinline__ void map_slots(const uint4* slots, int c, uint4* to, const F& f, Inside inside) const {
+        map_chunk([&](int u) { return read_slot(slots + place(c, u)); }, to, f, inside);
     }
 
-    uint4* const slots_;  // this thread's
+    uint4* const slots_;  // this warp's
     const int chunks_, log_step_;
 };
 

@@ -33,10 +33,12 @@ class PlainRow {
     // target: its logit, where there is one.
     __device__ __forceinline__ void take_target(float target) { target_ = left_out >= 0 ? target : NAN; }
 
-    // mine: what this thread has summed. By all threads of a block, who get the same.
-    __device__ __forceinline__ Online<Sum> gather(const Online<Sum>& mine, Shared& shared, int& turn) const {
+    // mine: what this thread has summed. By all threads of a team, who get the same.
+    __device__ __forceinline__ Online<Sum> gather(const Online<Sum>& mine, Shared& shared, int& turn,
+                                                  const Team& team = Team()) const {
         const Identity by = z;
-        return block_reduce(shared, turn, mine, Online<Sum>{}, [by](const Online<Sum>& x) { return warp_sum(x, by); });
+        return team_reduce(team, shared, turn, mine, Online<Sum>{},
+                           [by](const Online<Sum>& x) { return warp_sum(x, by); });
     }
     __device__ __forceinline__ void see(const Online<Sum>& all) {
         sum_ = all.sums.sum;
@@ -96,11 +98,11 @@ class PlainRow {
     }
 
     // No comparison per element: the thread that has just written the target's element writes it again, formed in
-    // float32, as 1 - p is lost in bfloat16 when p is near 1.
+    // float32, as 1 - p is lost in bfloat16 when p is near 1. element: left_out, in the part of the row that grad is.
     template <class T, class Span>
-    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
-        if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
-            assign(grad[left_out], z.scale * target_gradient(by(), 1.f, 1.f, target_seen(softmax_), 0.f));
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span, int element) const {
+        if (element >= 0 && static_cast<int>(threadIdx.x) == span.owner(element))
+            assign(grad[element], z.scale * target_gradient(by(), 1.f, 1.f, target_seen(softmax_), 0.f));
     }
 
   private:

@@ -67,10 +67,11 @@ class TermsRow {
         if (single()) target_ = left_out >= 0 ? target : NAN;
     }
 
-    __device__ __forceinline__ Online<Moments> gather(const Online<Moments>& mine, Shared& shared, int& turn) const {
+    __device__ __forceinline__ Online<Moments> gather(const Online<Moments>& mine, Shared& shared, int& turn,
+                                                      const Team& team = Team()) const {
         const Z by = z;
-        return block_reduce(shared.elements, turn, mine, Online<Moments>{},
-                            [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        return team_reduce(team, shared.elements, turn, mine, Online<Moments>{},
+                           [&](const Online<Moments>& x) { return warp_sum(x, by); });
     }
     __device__ __forceinline__ void see(const Online<Moments>& all) {
         sum_ = all.sums.sum;
@@ -160,12 +161,12 @@ class TermsRow {
         };
     }
 
-    // As PlainRow's. Several targets' elements are written after all others are.
+    // As PlainRow's. Several targets' elements are written after all others are; a team of several has one target.
     template <class T, class Span>
-    __device__ __forceinline__ void write_targets(T* grad, const Span& span) const {
+    __device__ __forceinline__ void write_targets(T* grad, const Span& span, int element) const {
         if (single()) {
-            if (left_out >= 0 && static_cast<int>(threadIdx.x) == span.owner(left_out))
-                assign(grad[left_out], target_element(0, share(0)));
+            if (element >= 0 && static_cast<int>(threadIdx.x) == span.owner(element))
+                assign(grad[element], target_element(0, share(0)));
             return;
         }
         __syncthreads();  // else the thread that owns the element may write it after this one

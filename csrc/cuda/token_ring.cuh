@@ -18,7 +18,7 @@ class TokenRing {
     __device__ __forceinline__ void start(const Problem& given) {
         if (threadIdx.x != 0) return;
         problem = given;
-        problem.denominator = {nullptr, 0, given.denominator.at(0)};
+        problem.denominator = {nullptr, 0, given.denominator.at(0)};  // a mean's is not there yet
         targets_ = given.targets;
         if (!given.targets.single()) return;
         Terms& terms = problem.terms;

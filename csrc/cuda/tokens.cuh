@@ -30,20 +30,25 @@ __global__ void __launch_bounds__(kRowThreads) objective_kernel(const __grid_con
 
 // The sum over n rows in double and in a fixed order, by one block; in all threads.
 template <class Value>
-__device__ __forceinline__ double sum_rows(int64_t n, Value value) {
+__device__ __forceinline__ double sum_rows(Partials<double>& shared, int64_t n, Value value) {
     double sum = 0.0;
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = threadIdx.x; row < n; row += blockDim.x) sum += value(row);
     int turn = 0;
-    return block_reduce(shared_memory<Partials<double>>(), turn, sum, 0.0, [](double x) { return warp_sum(x); });
+    return block_reduce(shared, turn, sum, 0.0, [](double x) { return warp_sum(x); });
+}
+
+__device__ __forceinline__ float normaliser_of(Partials<double>& shared, int64_t n, const Targets& targets,
+                                               const Column& weights) {
+    return static_cast<float>(sum_rows(shared, n, [&](int64_t row) -> double {
+        const float weight = weights.at(row);
+        return targets.ignored(row) ? 0.f : weight;
+    }));
 }
 
 __global__ void __launch_bounds__(kMaxThreads) normaliser_kernel(const __grid_constant__ NormaliserParams p) {
-    const double sum = sum_rows(p.n, [&](int64_t row) -> double {
-        const float weight = p.weights.at(row);
-        return p.targets.ignored(row) ? 0.f : weight;
-    });
-    if (threadIdx.x == 0) *p.normaliser = static_cast<float>(sum);
+    const float normaliser = normaliser_of(shared_memory<Partials<double>>(), p.n, p.targets, p.weights);
+    if (threadIdx.x == 0) *p.normaliser = normaliser;
 }
 
 struct TotalParams {
@@ -54,7 +59,7 @@ struct TotalParams {
 };
 
 __global__ void __launch_bounds__(kMaxThreads) total_kernel(const __grid_constant__ TotalParams p) {
-    const double total = sum_rows(p.n, [&](int64_t row) -> double { return p.row_losses[row]; });
+    const double total = sum_rows(shared_memory<Partials<double>>(), p.n, [&](int64_t row) -> double { return p.row_losses[row]; });
     if (threadIdx.x == 0) *p.loss = reduced_loss(total, p.denominator.at(0));
 }
 

@@ -19,7 +19,8 @@ FL_EXPORT void add_device(int multiprocessors, int l2_bytes, int of_block, int o
 FL_EXPORT void set_descending(int descending) { host_cuda::descending = descending; }
 
 // One pass on chip, in this shape: the launch itself would choose another.
-FL_EXPORT const char* on_chip(const fused_losses::LossAndGradParams* params, int threads, int chunks, int announced) {
+FL_EXPORT const char* on_chip(const fused_losses::LossAndGradParams* params, int threads, int chunks, int announced,
+                              int team) {
     using namespace fused_losses;
     static std::string what;
     try {
@@ -28,7 +29,7 @@ FL_EXPORT const char* on_chip(const fused_losses::LossAndGradParams* params, int
             for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
                 using Row = typename decltype(kind)::Row;
                 device_limits();
-                start_on_chip<decltype(element), Row>(p, {threads, 1, chunks}, announced, 0);
+                start_on_chip<decltype(element), Row>(p, {threads, 1, chunks, team}, announced, 0);
             });
         start_sum(total_kernel, 0, TotalParams{p.logits.n, p.row_losses, p.problem.denominator, p.loss});
     } catch (const std::exception& error) {
@@ -60,7 +61,7 @@ FL_EXPORT const char* unusable(int index) {
     static std::string what;
     return (what = fused_losses::unusable(index)).c_str();
 }
-// "device blocks threads bytes stream on_chip" of every launch since it was last asked.
+// "device blocks threads bytes stream team on_chip" of every launch since it was last asked.
 FL_EXPORT const char* launches() {
     static std::string out;
     out.clear();
@@ -69,7 +70,7 @@ FL_EXPORT const char* launches() {
         const bool on_chip = runtime.allowed.count({launch.device, launch.kernel}) > 0;
         for (const int64_t x : {int64_t{launch.device}, int64_t{launch.blocks}, int64_t{launch.threads},
                                 int64_t{launch.shared_bytes}, reinterpret_cast<int64_t>(launch.stream),
-                                int64_t{on_chip}})
+                                int64_t{launch.together}, int64_t{on_chip}})
             out += std::to_string(x) + " ";
         out += "\n";
     }

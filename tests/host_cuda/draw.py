@@ -94,6 +94,7 @@ class Draw:
         self._rows()
         threads = [32] if self.vocab < 1000 else [32, 64] if self.vocab < LARGEST else [64, 256]
         self.chip = tuple(int(rng.choice(x)) for x in (threads, [1, 2, 3, 5], [0, 3, 1000]))
+        self.pair = k == 1 and tuple(int(rng.choice(x)) for x in (threads, [1, 2, 3], [0, 3, 1000]))
 
     def _layout(self, two_level: bool) -> tuple[int, ...]:
         """Phase, rows per outer step, gaps between outer and inner steps; all in elements."""

@@ -2,8 +2,9 @@
 // sooner; until then its bytes are NaN. Its source is read when it is asked for, or when it arrives: one in ascending
 // runs, the other in descending ones.
 //
-// An error: a slot that is read or filled by two threads, read before its copy has been waited for, filled while a copy
-// to it is under way, or a copy that a block leaves under way.
+// An error: a slot that is read by another thread than the one that has filled it, read before its copy has been waited
+// for, filled while a copy to it is under way or by another warp than before, filled for a row while a lane has not read
+// it for the last one, or a copy that a block leaves under way.
 #pragma once
 
 #include <deque>
@@ -19,9 +20,9 @@ class Copies {
         if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
             fail("a copy is not aligned to its size");
         Place& place = at(to, bytes);
-        if (place.owner != kNobody && place.owner != block.thread.x) fail("two threads copy to one place");
+        if (place.owner != kNobody && place.owner / kWarp != me() / kWarp) fail("two warps copy to one place");
         if (place.pending) fail("a copy to where another one is under way");
-        place = {block.thread.x, true};
+        place = {me(), true};
         Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, {}};
         memcpy(copy.early, from, bytes);
         memset(to, 0xff, bytes);
@@ -44,7 +45,7 @@ class Copies {
     uint4 read(const uint4* slot) {
         const Place& place = at(const_cast<uint4*>(slot), sizeof(uint4));
         if (place.owner == kNobody) fail("a slot is read that was never filled");
-        if (place.owner != block.thread.x) fail("a slot of another thread is read");
+        if (place.owner != me()) fail("a slot of another thread is read");
         if (place.pending) fail("a slot is read whose copy has not been waited for");
         return *slot;
     }
@@ -79,17 +80,18 @@ class Copies {
         bool pending = false;
     };
 
+    static unsigned me() { return static_cast<unsigned>(block.running()); }
     Thread& mine() {
-        threads_.resize(block.threads.x);
-        return threads_[block.thread.x];
+        threads_.resize(block.threads.x * block.together());
+        return threads_[me()];
     }
     Place& at(const void* p, int bytes) {
-        const char* base = reinterpret_cast<const char*>(block.shared.data());
-        const int64_t offset = static_cast<const char*>(p) - base;
+        const int64_t offset = static_cast<const char*>(p) - block.shared(block.rank());
+        const int64_t places = block.shared_bytes / 4 + 1;
         if (offset < 0 || offset + bytes > static_cast<int64_t>(block.shared_bytes))
             fail("a place outside shared memory");
-        places_.resize(block.shared_bytes / 4 + 1);
-        return places_[offset / 4];
+        places_.resize(places * block.together());
+        return places_[places * block.rank() + offset / 4];
     }
 
     std::vector<Thread> threads_;

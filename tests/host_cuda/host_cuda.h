@@ -1,6 +1,6 @@
 // CUDA's execution model for g++: the files of csrc/cuda compile unchanged and run on the CPU, one fiber per thread.
 //
-// Blocks run one after another. Within a block, one warp runs until all its lanes wait, then the next: ascending or
+// Blocks run one after another, those of a cluster together. Within a block, one warp runs until all its lanes wait, then the next: ascending or
 // descending, so that what a missing barrier leaves to chance goes both ways. Shared memory starts as NaN bytes. A
 // block whose threads wait for each other forever is an error. Not modelled: memory ordering, caches, launch limits,
 // speed.
@@ -49,7 +49,7 @@ constexpr size_t kStack = 256 << 10;  // of a fiber; pages come on demand
 
 // Fibers switch to and from the scheduler only. AddressSanitizer must be told where the new stack is.
 struct Fiber {
-    enum State { ready, shuffling, at_barrier, done };
+    enum State { ready, shuffling, at_barrier, at_cluster_barrier, done };
 
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[kStack]};
@@ -66,16 +66,25 @@ struct Warp {
 
 class Block {
   public:
-    Dim index{}, blocks{}, threads{}, thread{};
-    std::vector<uint64_t> shared;
+    Dim index{}, blocks{}, threads{}, thread{};  // index, thread: of the fiber that runs
     size_t shared_bytes = 0;
     void (*ended)() = nullptr;  // called when all threads of a block have returned
 
+    int rank() const { return static_cast<int>(index.x) - first_; }
+    int together() const { return together_; }
+    // The shared memory of a block of the cluster.
+    char* shared(int rank) { return reinterpret_cast<char*>(shared_[rank].data()); }
+
+    // Blocks first to first + together - 1, which are a cluster.
     template <class Params>
-    void run(void (*kernel)(Params), const Params& params) {
-        const int count = static_cast<int>(threads.x);
+    void run(void (*kernel)(Params), const Params& params, int first, int together) {
+        const int count = static_cast<int>(threads.x) * together;
+        first_ = first;
+        together_ = together;
         warps_.assign(count / kWarp, Warp{});
-        shared.assign(shared.size(), ~uint64_t{0});
+        shared_.resize(together);
+        for (auto& memory : shared_)
+            std::vector<uint64_t>((shared_bytes + 15) / 16 * 2 + 16, ~uint64_t{0}).swap(memory);  // ends are found
         while (static_cast<int>(fibers_.size()) < count) fibers_.emplace_back(new Fiber);
         body_ = [](const void* k, const void* p) {
             reinterpret_cast<void (*)(Params)>(const_cast<void*>(k))(*static_cast<const Params*>(p));
@@ -89,12 +98,14 @@ class Block {
     }
 
     void wait(Fiber::State state) {
-        Fiber& self = *fibers_[thread.x];
+        Fiber& self = *fibers_[running()];
         self.state = state;
         to_scheduler(self, false);
     }
 
-    Warp& warp() { return warps_[thread.x / kWarp]; }
+    // Of the fiber that runs: its number in the cluster.
+    int running() const { return rank() * static_cast<int>(threads.x) + static_cast<int>(thread.x); }
+    Warp& warp() { return warps_[running() / kWarp]; }
 
     void release(Fiber::State state, int first, int count) {
         for (int i = first; i < first + count; ++i)
@@ -112,22 +123,35 @@ class Block {
                 for (int lane = 0; lane < kWarp; ++lane) {
                     const int i = first + (descending ? kWarp - 1 - lane : lane);
                     if (fibers_[i]->state != Fiber::ready) continue;
-                    thread.x = static_cast<unsigned>(i);
+                    thread.x = i % threads.x;
+                    index.x = first_ + i / threads.x;
                     to_fiber(*fibers_[i]);
                     ran = true;
                 }
             }
         }
-        int waiting = 0, returned = 0;
-        for (int i = 0; i < count; ++i) {
-            waiting += fibers_[i]->state == Fiber::at_barrier;
-            returned += fibers_[i]->state == Fiber::done;
+        const auto in = [&](Fiber::State state, int first, int count) {
+            int found = 0;
+            for (int i = first; i < first + count; ++i) found += fibers_[i]->state == state;
+            return found;
+        };
+        if (in(Fiber::done, 0, count) == count) return false;
+        if (in(Fiber::at_cluster_barrier, 0, count) == count) {
+            release(Fiber::at_cluster_barrier, 0, count);
+            return true;
         }
-        if (returned == count) return false;
-        if (waiting != count)
-            fail("deadlock in block " + std::to_string(index.x) + ": of " + std::to_string(count) + " threads " +
-                 std::to_string(returned) + " have returned and " + std::to_string(waiting) + " are at a barrier");
-        release(Fiber::at_barrier, 0, count);
+        const int own = static_cast<int>(threads.x);
+        bool opened = false;
+        for (int first = 0; first < count; first += own)
+            if (in(Fiber::at_barrier, first, own) == own) {
+                release(Fiber::at_barrier, first, own);
+                opened = true;
+            }
+        if (!opened)
+            fail("deadlock in block " + std::to_string(first_) + ": of " + std::to_string(count) + " threads " +
+                 std::to_string(in(Fiber::done, 0, count)) + " have returned, " +
+                 std::to_string(in(Fiber::at_barrier, 0, count)) + " are at a barrier and " +
+                 std::to_string(in(Fiber::at_cluster_barrier, 0, count)) + " at one of the cluster");
         return true;
     }
 
@@ -147,7 +171,7 @@ class Block {
         Block& block = *reinterpret_cast<Block*>(static_cast<uintptr_t>(high) << 32 | low);
         block.arrived_in_fiber(nullptr);
         block.body_(block.kernel_, block.params_);
-        Fiber& self = *block.fibers_[block.thread.x];
+        Fiber& self = *block.fibers_[block.running()];
         self.state = Fiber::done;
         block.to_scheduler(self, true);
     }
@@ -178,6 +202,8 @@ class Block {
     ucontext_t scheduler_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
     std::vector<Warp> warps_;
+    std::vector<std::vector<uint64_t>> shared_;
+    int first_ = 0, together_ = 1;
     void (*body_)(const void*, const void*) = nullptr;
     const void* kernel_ = nullptr;
     const void* params_ = nullptr;
@@ -191,10 +217,10 @@ inline void check_aligned(const uint4* p) {
 
 }  // namespace host_cuda
 
-#define threadIdx (host_cuda::block.thread)
-#define blockIdx (host_cuda::block.index)
-#define blockDim (host_cuda::block.threads)
-#define gridDim (host_cuda::block.blocks)
+inline host_cuda::Dim& threadIdx = host_cuda::block.thread;
+inline host_cuda::Dim& blockIdx = host_cuda::block.index;
+inline host_cuda::Dim& blockDim = host_cuda::block.threads;
+inline host_cuda::Dim& gridDim = host_cuda::block.blocks;
 
 inline void __syncthreads() { host_cuda::block.wait(host_cuda::Fiber::at_barrier); }
 
@@ -212,13 +238,16 @@ T __shfl_xor_sync(unsigned mask, T value, int operand) {
     if (++warp.arrived == kWarp) {
         warp.arrived = 0;
         warp.turn ^= 1;
-        block.release(Fiber::shuffling, static_cast<int>(block.thread.x) - lane, kWarp);
+        block.release(Fiber::shuffling, block.running() - lane, kWarp);
     } else {
         block.wait(Fiber::shuffling);
     }
     memcpy(&value, &slots[lane ^ operand], sizeof(T));
     return value;
 }
+
+// Lanes run one after another: one is past this only when all have come to it.
+inline void __syncwarp() { __shfl_xor_sync(0xffffffffu, 0, 1); }
 
 inline int __any_sync(unsigned mask, int predicate) {
     for (int lane = host_cuda::kWarp / 2; lane > 0; lane /= 2) predicate |= __shfl_xor_sync(mask, predicate, lane);
@@ -261,6 +290,7 @@ inline uint4 load(const uint4* p) {
     host_cuda::check_aligned(p);
     return *p;
 }
+inline uint4 load_kept(const uint4* p) { return load(p); }
 inline uint4 load_last(const uint4* p) { return load(p); }
 inline void store_streaming(uint4* p, uint4 v) {
     host_cuda::check_aligned(p);
@@ -310,7 +340,21 @@ inline uint32_t min_float16x2(uint32_t a, uint32_t b) {
 template <class S>
 S& shared_memory() {
     if (sizeof(S) > host_cuda::block.shared_bytes) host_cuda::fail("the launch asked for too little shared memory");
-    return *reinterpret_cast<S*>(host_cuda::block.shared.data());
+    return *reinterpret_cast<S*>(host_cuda::block.shared(host_cuda::block.rank()));
+}
+
+// What follows stands in for csrc/cuda/team.cuh.
+inline void pair_barrier() {
+    if (host_cuda::block.together() != 2) host_cuda::fail("a pair's barrier in a block of its own");
+    host_cuda::block.wait(host_cuda::Fiber::at_cluster_barrier);
+}
+template <class T>
+T* place_of(T* mine, unsigned rank) {
+    using host_cuda::block;
+    const int64_t at = reinterpret_cast<char*>(mine) - block.shared(block.rank());
+    if (at < 0 || at + sizeof(T) > block.shared_bytes) host_cuda::fail("no place of the block's shared memory");
+    if (static_cast<int>(rank) >= block.together()) host_cuda::fail("a block outside the cluster");
+    return reinterpret_cast<T*>(block.shared(rank) + at);
 }
 
 }  // namespace fused_losses

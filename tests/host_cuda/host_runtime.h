@@ -32,8 +32,24 @@ struct cudaFuncAttributes {};
 using cudaStream_t = struct Stream*;
 
 struct dim3 {
-    unsigned x;
-    explicit dim3(unsigned x) : x(x) {}
+    unsigned x, y = 1, z = 1;
+    explicit dim3(unsigned x = 1) : x(x) {}
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
+    } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
 };
 
 namespace host_cuda {
@@ -43,7 +59,7 @@ struct Device {
 };
 
 struct Launch {
-    int device, blocks, threads, shared_bytes;
+    int device, blocks, threads, shared_bytes, together;
     const void* kernel;
     cudaStream_t stream;
 };
@@ -121,26 +137,28 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute, int 
 }
 
 template <class Params>
-cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 blocks, dim3 threads, void** arguments, size_t shared_bytes,
-                             cudaStream_t stream) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* asked, void (*kernel)(Params), const Params& params) {
     using namespace host_cuda;
-    if (const cudaError_t error = runtime.call("cudaLaunchKernel")) return error;
+    if (const cudaError_t error = runtime.call("cudaLaunchKernelEx")) return error;
+    const cudaLaunchConfig_t& config = *asked;
     const void* const id = reinterpret_cast<const void*>(kernel);
     const auto allowed = runtime.allowed.find({runtime.current, id});
     const size_t most = allowed == runtime.allowed.end() ? 48 << 10 : std::max(allowed->second, 48 << 10);
-    const bool fits = blocks.x >= 1 && blocks.x <= 0x7fffffff && threads.x >= 1 && threads.x <= 1024;
-    if (!fits || shared_bytes > most) return runtime.fail(cudaErrorInvalidValue);
-    if (threads.x % kWarp) fail("a block of " + std::to_string(threads.x) + " threads");
-    runtime.launches.push_back({runtime.current, static_cast<int>(blocks.x), static_cast<int>(threads.x),
-                                static_cast<int>(shared_bytes), id, stream});
+    const unsigned blocks = config.gridDim.x, threads = config.blockDim.x;
+    const unsigned together = config.numAttrs ? config.attrs->val.clusterDim.x : 1;
+    const bool fits = blocks >= 1 && blocks <= 0x7fffffff && threads >= 1 && threads <= 1024;
+    if (!fits || config.dynamicSmemBytes > most) return runtime.fail(cudaErrorInvalidValue);
+    if (together > 1 && (runtime.devices[runtime.current].major < 9 || blocks % together || together > 8))
+        return runtime.fail(cudaErrorInvalidValue);
+    if (threads % kWarp) fail("a block of " + std::to_string(threads) + " threads");
+    runtime.launches.push_back({runtime.current, static_cast<int>(blocks), static_cast<int>(threads),
+                                static_cast<int>(config.dynamicSmemBytes), static_cast<int>(together), id,
+                                config.stream});
     if (!runtime.runs) return cudaSuccess;
-    block.blocks.x = blocks.x;
-    block.threads.x = threads.x;
-    block.shared_bytes = shared_bytes;
-    std::vector<uint64_t>((shared_bytes + 7) / 8).swap(block.shared);
-    for (unsigned i = 0; i < blocks.x; ++i) {
-        block.index.x = descending ? blocks.x - 1 - i : i;
-        block.run(kernel, *static_cast<const Params*>(arguments[0]));
-    }
+    block.blocks.x = blocks;
+    block.threads.x = threads;
+    block.shared_bytes = config.dynamicSmemBytes;
+    for (unsigned i = 0; i < blocks; i += together)
+        block.run(kernel, params, descending ? blocks - together - i : i, together);
     return cudaSuccess;
 }

@@ -66,7 +66,8 @@ class CoefficientsTable(Structure):
 
 class LossAndGrad(Structure):
     _fields_ = fields(
-        logits=Rows, grad=Rows, problem=Problem, logprobs=LogprobsTable, row_losses=c_void_p, loss=c_void_p
+        logits=Rows, grad=Rows, problem=Problem, logprobs=LogprobsTable, row_losses=c_void_p, loss=c_void_p,
+        averages=c_bool,
     )
 
 
@@ -77,7 +78,7 @@ class Stats(Structure):
 class Objective(Structure):
     _fields_ = fields(
         n=c_int64, problem=Problem, stats=StatsTable, logprobs=LogprobsTable, row_losses=c_void_p,
-        coefficients=CoefficientsTable, loss=c_void_p,
+        coefficients=CoefficientsTable, loss=c_void_p, averages=c_bool,
     )  # fmt: skip
 
 
@@ -123,9 +124,9 @@ class Module:
 
         return launch
 
-    def on_chip(self, threads: int, chunks: int, announced: int, **given) -> None:
+    def on_chip(self, threads: int, chunks: int, announced: int, team: int, **given) -> None:
         """loss_and_grad by that engine, in this shape."""
-        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), threads, chunks, announced))
+        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), threads, chunks, announced, team))
 
     def configure(
         self,
@@ -133,7 +134,7 @@ class Module:
         l2_bytes: int,
         descending: bool = False,
         shared: tuple[int, int] = (90 << 10, 91 << 10),
-        capability: tuple[int, int] = (8, 0),
+        capability: tuple[int, int] = (9, 0),
     ) -> None:
         """A device of its own. shared: bytes that a block and a multiprocessor may have; too few for rows on chip."""
         self._library.add_device(multiprocessors, l2_bytes, *shared, *capability)
@@ -174,6 +175,7 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     stream: int
+    team: int
     on_chip: int
 
 

@@ -107,15 +107,18 @@ def divided_by(asked, loss):
     return asked
 
 
-def one_pass(module, logits, grad, asked, chip=None):
-    """(loss, row_losses, logprobs). chip: threads, chunks and announced vectors; by the engine on chip."""
+def one_pass(module, logits, grad, asked, chip=None, averages=False):
+    """(loss, row_losses, logprobs). chip: threads, chunks, announced vectors and blocks of a row; by the engine on chip.
+    averages: the kernel forms the mean's normaliser."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
     asked = divided_by(asked, loss)
+    if averages:
+        loss[0] = np.nan
     launch = module.loss_and_grad if chip is None else functools.partial(module.on_chip, *chip)
     launch(
         logits=logits, grad=grad, problem=asked, logprobs=structs.LogprobsTable(pointer(logprobs), n, k),
-        row_losses=pointer(row_losses), loss=pointer(loss),
+        row_losses=pointer(row_losses), loss=pointer(loss), averages=averages,
     )  # fmt: skip
     return loss, row_losses, logprobs
 
@@ -137,6 +140,7 @@ def objective(module, table, asked, reduce=True):
         n=n, problem=asked, stats=structs.StatsTable(pointer(table), n, k),
         logprobs=structs.LogprobsTable(pointer(logprobs), n, k), row_losses=pointer(row_losses),
         coefficients=structs.CoefficientsTable(pointer(coefficients), n), loss=pointer(loss) if reduce else None,
+        averages=False,
     )  # fmt: skip
     return loss, row_losses, logprobs, coefficients
 
@@ -161,7 +165,9 @@ class Case:
     def __init__(self, module, drawn):
         self.module = module
         vars(self).update(drawn)
-        self.ways = ("two sweeps", None), ("on chip", self.chip)
+        self.ways = {"two sweeps": None, "on chip": (*self.chip, 1)}
+        if self.pair:
+            self.ways["pair"] = (*self.pair, 2)
 
     def problem(self, at=slice(None), denominator=None):
         """Of some of the rows."""
@@ -196,10 +202,13 @@ class Case:
         self.in_use = structs.Column(pointer(normaliser), 0, np.nan) if self.mean else None
         asked = self.problem(denominator=self.in_use)
 
-        for way, chip in self.ways:
+        for way, chip in self.ways.items():
             logits, out[f"{way} loss_and_grad"] = self.matrices()
             logits.guard(~self.reads & (not self.in_place))
-            loss, row_losses, logprobs = one_pass(module, logits.arg, out[f"{way} loss_and_grad"].arg, asked, chip)
+            averages = self.mean and chip is not None and n > 0
+            loss, row_losses, logprobs = one_pass(
+                module, logits.arg, out[f"{way} loss_and_grad"].arg, asked, chip, averages
+            )
             out |= {f"{way} loss": loss, f"{way} row_losses": row_losses, f"{way} logprobs": logprobs}
             logits.guard(~self.reads, on=False)
 
@@ -236,7 +245,8 @@ class Case:
             if x.tobytes() != y.tobytes():
                 raise Wrong(f"{name}: depends on the order of threads")
         for name, got in out.items():
-            want = self.want[name.removeprefix("two sweeps ").removeprefix("on chip ")]
+            way = next((way for way in self.ways if name.startswith(way)), "")
+            want = self.want[name.removeprefix(way).strip()]
             if not isinstance(got, Matrix):
                 close(name, got, *want)
                 continue
@@ -260,7 +270,7 @@ class Case:
         )
         together = Matrix(self.n, self.vocab, self.dtype, self.layout)
         same = {}
-        for way, chip in self.ways:
+        for way, chip in self.ways.items():
             of_all = out[f"{way} loss_and_grad"]
             logits = one(of_all if self.in_place else together)
             grad = logits if self.in_place else one(of_all)
@@ -625,7 +635,7 @@ def main(library, cases, first=None):
         far_rows,
         unreadable_rows,
     )
-    chips = None, (32, 1, 0), (64, 2, 40)
+    chips = None, (32, 1, 0, 1), (64, 2, 40, 1), (32, 1, 8, 2)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
