@@ -113,6 +113,7 @@ struct TokenLoss {
     Coefficients by;
 };
 
+template <class Problem>
 FL_HD Loss objective_of(const Problem& problem, int64_t row, float logp) {
     if (logp != logp) return {NAN, NAN};  // a NaN row, an all -inf row, or a target outside [0, V)
     float in[kMaxInputs];
@@ -124,6 +125,7 @@ FL_HD Loss objective_of(const Problem& problem, int64_t row, float logp) {
 FL_HD float scaled(float derivative, float factor) { return derivative == 0.f ? 0.f : derivative * factor; }
 
 // Of a plain problem.
+template <class Problem>
 FL_HD TokenLoss plain_loss(const Problem& problem, int64_t row, float logp, float denominator) {
     if (!problem.active(row)) return {0.f, {0.f, 0.f, 0.f, 0.f}};
     const Loss loss = objective_of(problem, row, logp);
@@ -148,13 +150,14 @@ FL_HD Penalty kl(Kl type, float logp, float ref_logprob) {
     return {value, slope, value + slope};
 }
 
-// With terms:
+// With terms; aim: as in ProblemOf::active.
 //
 //     dloss/dz_j = g (share_j - U p_j) + p_j (zeta - h (z_j - sum_i p_i z_i)) + s
-FL_HD TokenLoss terms_loss(const Problem& problem, int64_t row, const RowSeen& seen, float denominator) {
-    if (!problem.active(row)) return {0.f, {0.f, 0.f, 0.f, 0.f}};
+template <class Problem>
+FL_HD TokenLoss terms_loss(const Problem& problem, int64_t row, int64_t aim, const RowSeen& seen, float denominator) {
+    if (!problem.active(row, aim)) return {0.f, {0.f, 0.f, 0.f, 0.f}};
     if (seen.logp != seen.logp) return {NAN, {NAN, NAN, NAN, NAN}};
-    const Terms& terms = problem.terms;
+    const auto& terms = problem.terms;
     Loss loss = objective_of(problem, row, seen.logp);
     const float importance = terms.importance_weights.at(row);
     loss = {times(importance, loss.value), times(importance, loss.g)};

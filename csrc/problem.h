@@ -58,9 +58,13 @@ struct Targets {
     }
 };
 
+// What follows holds a number per token as a Column, or as another type with at(row): where the numbers of a few tokens
+// lie at hand (csrc/cuda/token_ring.cuh).
+
 // z = softcap tanh(logits / softcap) / temperature
-struct Transform {
-    Column temperature;
+template <class PerToken>
+struct TransformOf {
+    PerToken temperature;
     float softcap;  // 0: none
 
     // 1 / temperature; one that is not positive makes its row NaN instead of silently reversing it.
@@ -69,43 +73,52 @@ struct Transform {
         return t > 0.f ? 1.f / t : NAN;
     }
 };
+using Transform = TransformOf<Column>;
 
 enum class Kl : int { none = -1, k1 = 0, k2 = 1, k3 = 2, abs = 3 };
 
 // What a token's loss may hold beside its objective; fused_losses/terms.py has the formulas.
-struct Terms {
-    Column importance_weights;
-    Column ref_logprobs;
-    Column kl_coef;
-    Column entropy_coef;
-    Column log_ratio_clamp;  // of the ratio that weights the KL
+template <class PerToken>
+struct TermsOf {
+    PerToken importance_weights;
+    PerToken ref_logprobs;
+    PerToken kl_coef;
+    PerToken entropy_coef;
+    PerToken log_ratio_clamp;  // of the ratio that weights the KL
     float label_smoothing;
     float z_loss;
     Kl kl_type;
     bool kl_weighted_by_ratio;
     bool entropy;  // H is asked for, as an output or because it has a coefficient
 };
+using Terms = TermsOf<Column>;
 
-struct Problem {
-    Targets targets;
-    Transform transform;
-    Column weights;
+template <class Aims, class PerToken>
+struct ProblemOf {
+    Aims targets;
+    TransformOf<PerToken> transform;
+    PerToken weights;
     Objective objective;
-    Column inputs[kMaxInputs];
-    Terms terms;
-    Column denominator;  // read at row 0
-    int64_t vocab;       // the number of classes, which the rows at hand need not have all of
-    bool all_logprobs;   // read tokens of weight 0 too, for their logprob
-    bool plain;          // one target, no softcap, no terms: kernels of their own
+    PerToken inputs[kMaxInputs];
+    TermsOf<PerToken> terms;
+    PerToken denominator;  // read at row 0
+    int64_t vocab;         // the number of classes, which the rows at hand need not have all of
+    bool all_logprobs;     // read tokens of weight 0 too, for their logprob
+    bool plain;            // one target, no softcap, no terms: kernels of their own
 
     // A token whose targets are ignored or whose weight is 0 is inactive: select, never multiply, so that NaN and inf
-    // in it stay there.
-    FL_HD bool active(int64_t row) const { return !targets.ignored(row) && weights.at(row) != 0.f; }
+    // in it stay there. row: of the numbers; aim: of the targets, the same but for a few tokens at hand.
+    FL_HD bool active(int64_t row, int64_t aim) const { return !targets.ignored(aim) && weights.at(row) != 0.f; }
+    FL_HD bool active(int64_t row) const { return active(row, row); }
 
     // The logits of a token of weight 0 are read only for its logprob, those of an ignored token never. What was not
     // read has logprob 0 and entropy 0.
-    FL_HD bool reads(int64_t row) const { return !targets.ignored(row) && (all_logprobs || weights.at(row) != 0.f); }
+    FL_HD bool reads(int64_t row, int64_t aim) const {
+        return !targets.ignored(aim) && (all_logprobs || weights.at(row) != 0.f);
+    }
+    FL_HD bool reads(int64_t row) const { return reads(row, row); }
 };
+using Problem = ProblemOf<Targets, Column>;
 
 // ---- Tables that stages hand on: one column per token, so that neighbours lie side by side -------------------------
 

@@ -90,7 +90,7 @@ class TermsRow {
         const float top = level(softmax.lead > 0.f ? scratch_.logits[0] : maximum_);
         const RowSeen seen = row_seen(top * scale_, softmax, x, whole(), drift_, problem.vocab);
         logprobs.entropy(row_) = problem.terms.entropy ? seen.entropy : 0.f;
-        return terms_loss(problem, row_, seen, problem.denominator.at(0));
+        return terms_loss(problem, row_, row_, seen, problem.denominator.at(0));
     }
 
     // grad may be the logits.

@@ -41,14 +41,11 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ uint4 read_slot(const uint4* slot) { return *slot; }
 
 // Asks for `bytes`, a multiple of 16, to be brought to L2; by a block, and nothing waits for it. From sm_90 on one
-// instruction asks for a piece, before that for a line.
+// instruction of one thread asks for all of it, before that for a line.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
-    constexpr int kPiece = 4096;
-    if (threadIdx.x % 32 != 0) return;  // a uniform instruction: one thread of a warp asks
-    for (int at = threadIdx.x / 32 * kPiece; at < bytes; at += blockDim.x / 32 * kPiece)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const char*>(from) + at),
-                     "r"(min(kPiece, bytes - at)));
+    if (threadIdx.x == 0 && bytes > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 #else
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {

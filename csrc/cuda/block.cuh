@@ -1,5 +1,5 @@
-// Reductions over a block, or a team of them. Every thread gets the same bits: a butterfly adds the same pairs in every lane, and addition
-// commutes. The order is fixed, so results repeat bitwise.
+// Reductions over a block, or a team of them. Every thread gets the same bits: a butterfly adds the same pairs in every
+// lane, and addition commutes. The order is fixed, so results repeat bitwise.
 #pragma once
 
 #include "sums.cuh"
@@ -40,9 +40,9 @@ struct Partials {
 
 // reduce: over a warp, T -> T. identity: of lanes that have no warp's partial to contribute.
 //
-// One barrier, of the team. Two sets of partials take turns: a warp that is already in the next reduction must not overwrite what a
-// slower one still reads, and nobody is two ahead, because of the barrier in between. turn: 0 at first, the same for
-// all reductions of a kernel, as one of another kind is such a barrier, too.
+// One barrier, of the team. Two sets of partials take turns: a warp that is already in the next reduction must not
+// overwrite what a slower one still reads, and nobody is two ahead, because of the barrier in between. turn: 0 at
+// first, the same for all reductions of a kernel, as one of another kind is such a barrier, too.
 template <class T, class Reduce>
 __device__ __forceinline__ T team_reduce(const Team& team, Partials<T>& shared, int& turn, T x, T identity,
                                          Reduce reduce) {

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
     const Problem& problem = p.problem;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(problem.targets, problem.transform, i, i, vocab, p.logprobs.data, p.logprobs.n);
+        Row row(problem.targets, problem.transform, i, i, i, vocab, p.logprobs.data, p.logprobs.n);
         const T* logits = row_pointer<T>(p.logits, i);
         const bool reads = problem.reads(i);
         if (reads) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
             row.see(row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn));
             row.evaluate(problem, problem.denominator.at(0), shared, turn);
         }
-        if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms, reads);
+        if (threadIdx.x == 0) row.store(p.logprobs, p.row_losses, problem.terms.entropy, reads);
         T* grad = row_pointer<T>(p.grad, i);
         if (row.idle())  // as where the row was not read
             zero_row(grad, vocab);
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const _
 
 struct OnChipParams {
     LossAndGradParams asked;
-    int log_step;      // of the vectors in a chunk
-    int chunks;        // in shared memory
-    int announced;     // vectors of the next row that are brought to L2 ahead of their copies
-    int team;          // blocks of a row
-    bool normalises;   // whether each block forms the mean's normaliser for itself
+    int log_step;     // of the vectors in a chunk
+    int chunks;       // in shared memory
+    int announced;    // vectors of the next row that are brought to L2 ahead of their copies
+    int team;         // blocks of a row
+    bool normalises;  // whether each block forms the mean's normaliser for itself
 };
 
 template <class Row>
@@ -51,11 +51,11 @@ struct alignas(128) OnChipShared {
     typename Row::Shared row;
     float target[2];  // the target's logit, of reductions in turn
     Partials<double> weights;
-    TokenRing ring;
+    TokenRing<Row::kSingle> ring;
 };
 
-// The rows of a team, one in each turn of all teams. Teams change places from turn to turn: else a mask whose period meets
-// their number would give the same few of them all rows that are read.
+// The rows of a team, one in each turn of all teams. Teams change places from turn to turn: else a mask whose period
+// meets their number would give the same few of them all rows that are read.
 class Turns {
   public:
     __device__ __forceinline__ Turns(int number, int teams) : teams_(teams), shift_(teams * 3 / 8), place_(number) {}
@@ -74,14 +74,15 @@ class Turns {
 
 // The same, while the row is on chip. A row that the engine can't map, as its gradient has another phase or its maximum
 // is too far for a fold, is swept by the other engine: so that which kernel runs depends on no row and on no layout.
-template <class T, class Row>
-__global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const __grid_constant__ OnChipParams params) {
+template <class T, class Kind>
+__global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const __grid_constant__ OnChipParams params) {
+    using Row = typename Kind::OnChip;
     using Sums = typename Row::Sums;
     OnChipShared<Row>& shared = shared_memory<OnChipShared<Row>>();
-    TokenRing& ring = shared.ring;
+    TokenRing<Row::kSingle>& ring = shared.ring;
     const OnChip<T> chip(reinterpret_cast<uint4*>(&shared + 1), params.chunks, params.log_step);
     const LossAndGradParams& p = params.asked;
-    const Problem& problem = ring.problem;
+    const auto& problem = ring.problem;
     const int64_t n = p.logits.n;
     const int vocab = static_cast<int>(p.logits.vocab);
     const Team team(params.team);
@@ -90,9 +91,11 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         // in most tensors without its divisions: a hundred instructions
         return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i)) + part.first;
     };
-    const auto token = [&](int slot, int64_t i) -> int64_t { return Row::kSingle || ring.single() ? slot : i; };
+    const auto aim = [&](int slot, int64_t i) -> int64_t {
+        return Row::kSingle || p.problem.targets.single() ? slot : i;
+    };
     const auto row_to_read = [&](int slot, int64_t i) -> const T* {
-        return i < n && problem.reads(token(slot, i)) ? row_of(p.logits, i) : nullptr;
+        return i < n && problem.reads(slot, aim(slot, i)) ? row_of(p.logits, i) : nullptr;
     };
     const auto fetch_token = [&](int slot, int64_t i) {
         if (i < n) ring.fetch(slot, i);
@@ -112,13 +115,13 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
     chip.fetch(logits, part.size);
     if (params.normalises) {  // while the first row is on its way
         const float normaliser = normaliser_of(shared.weights, n, p.problem.targets, p.problem.weights);
-        if (threadIdx.x == 0) ring.problem.denominator = {nullptr, 0, normaliser};
+        if (threadIdx.x == 0) ring.set_denominator(normaliser);
         if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;
     }
     int turn = 0, slot = 0;
     while (i < n) {
         const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
-        Row row(problem.targets, problem.transform, token(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
+        Row row(problem.targets, problem.transform, slot, aim(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         const int left_out = part.index_of(row.left_out);
         bool near = true;
         uint32_t costly = 0;
@@ -142,7 +145,9 @@ __global__ void __launch_bounds__(Row::kThreadsOnChip, 1) on_chip_kernel(const _
         fetch_token(last_slot, turns.row());
         chip.announce(next, part.size, params.announced);
         if (logits) row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
-        if (threadIdx.x == 0 && team.rank() == 0) row.store(p.logprobs, p.row_losses, problem.terms, logits);
+        if (threadIdx.x == 0 && team.rank() == 0) {
+            row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
+        }
         T* const grad = row_of(p.grad, i);
         const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
         if (!from_slots) chip.fetch(next, part.size);
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
     const int vocab = static_cast<int>(p.logits.vocab);
     float* const target_logits = &p.stats.target(0);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(problem.targets, problem.transform, i, i, vocab, target_logits, p.stats.n);
+        Row row(problem.targets, problem.transform, i, i, i, vocab, target_logits, p.stats.n);
         const bool reads = problem.reads(i);
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
@@ -189,7 +194,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_con
     int turn = 0;
     const int vocab = static_cast<int>(p.logits.vocab);
     for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
-        Row row(p.targets, p.transform, i, i, vocab, &p.stats.target(0), p.stats.n);
+        Row row(p.targets, p.transform, i, i, i, vocab, &p.stats.target(0), p.stats.n);
         row.recall(p.stats);
         row.send(p.coefficients, p.upstream.at(i), shared, turn);
         T* grad = row_pointer<T>(p.grad, i);

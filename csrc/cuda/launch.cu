@@ -24,8 +24,8 @@ struct Shape {
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many blocks, or teams, as give all of them the same number of rows, or one less: with all that fit, the last turn of
-// rows would leave most multiprocessors idle. at_a_time: that fit.
+// As many blocks, or teams, as give all of them the same number of rows, or one less: with all that fit, the last turn
+// of rows would leave most multiprocessors idle. at_a_time: that fit.
 int64_t even_grid(int64_t n, int64_t at_a_time) { return over(n, over(n, at_a_time)); }
 
 // How many threads a row gets decides in which order it is summed: it may depend on V, the element type and the device,
@@ -79,9 +79,9 @@ int64_t half_of(int64_t vocab, int64_t element_bytes) {
 
 // A row that is on chip as a whole gets 256 threads, and a multiprocessor as many rows as it holds: while one waits at
 // its barrier the others go on. A row that leaves no room for a second one gets 512 threads and all there is: what is
-// left of it is read again from L2. Where that would be too much for L2, two multiprocessors take a row together, if the
-// device has clusters and the row one target. Short rows are not worth it: what a row costs beside its elements is most
-// of it, and they are in L2 anyway. As above, nothing here may depend on N.
+// left of it is read again from L2. Where that would be too much for L2, two multiprocessors take a row together, if
+// the device has clusters and the row one target. Short rows are not worth it: what a row costs beside its elements is
+// most of it, and they are in L2 anyway. As above, nothing here may depend on N.
 //
 // scratch: bytes beside the slots.
 OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident, int64_t scratch, bool single) {
@@ -104,7 +104,7 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
     return {kOfOne, 1, std::min(chunks, kGroups), team};
 }
 
-// As many tokens as every block goes through for itself, while its first row is on its way, to spare a launch.
+// As many tokens as every block goes through for itself, where a mean's normaliser is wanted, to spare a launch.
 constexpr int64_t kFewTokens = 8192;
 
 template <class T, class Row>
@@ -120,7 +120,8 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     else if (p.averages)
         launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
     const int64_t teams = even_grid(p.logits.n, std::max(s.blocks * device_limits().multiprocessors / s.team, 1));
-    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<Row>) + bytes, stream, params, s.team);
+    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<typename Row::OnChip>) + bytes, stream,
+          params, s.team);
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
@@ -175,11 +176,11 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
         for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
-            const OnChipShape chip = on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<Row>),
-                                                   p.problem.targets.single());
+            const OnChipShape chip =
+                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<typename Row::OnChip>),
+                              p.problem.targets.single());
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
-            if (p.averages)
-                launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+            if (p.averages) launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
             const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
@@ -209,12 +210,14 @@ void launch(const StatsParams& p, uintptr_t stream) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
-    if (p.averages) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    const bool normalises = p.averages && p.n > 0 && p.n <= kFewTokens;
+    if (p.averages && !normalises) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);
         for_row(p.problem.plain, p.problem.transform, [&](auto kind) {
-            start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, 0, stream, p);
+            start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, sizeof(Partials<double>), stream,
+                  ObjectiveLaunch{p, normalises});
         });
     }
     if (p.loss) start_sum(total_kernel, stream, TotalParams{p.n, p.row_losses, p.problem.denominator, p.loss});

@@ -7,17 +7,20 @@ namespace fused_losses {
 
 class PlainRow {
   public:
+    using OnChip = PlainRow;               // the same row beside a TokenRing
+    static constexpr bool kSingle = true;  // whether a token always has one target
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;
     static constexpr int kThreadsOnChip = 768;
-    static constexpr bool kSingle = true;  // whether a token always has one target
 
     const Identity z;
     const int left_out;  // the target; -1 if it is outside [0, V)
 
-    __device__ __forceinline__ PlainRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
-                                        int vocab, const float*, int64_t)
+    // token: where its numbers and its target are; aim, row.cuh: the same.
+    template <class Aims, class PerToken>
+    __device__ __forceinline__ PlainRow(const Aims& targets, const TransformOf<PerToken>& transform, int64_t token,
+                                        int64_t, int64_t row, int vocab, const float*, int64_t)
         : z(Identity::of(0.f, transform.inverse_temperature(token))),
           left_out(target_index(targets, token, vocab)),
           token_(token),
@@ -59,18 +62,19 @@ class PlainRow {
     }
 
     // By every thread of a block: to tell one thread's result to the others would cost a barrier.
+    template <class Problem>
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared&, int&) {
         evaluate(problem, denominator);
     }
     // By one thread for itself.
+    template <class Problem>
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
         softmax_ = softmax();
         loss_ = plain_loss(problem, token_, softmax_.logprob(), denominator);
     }
 
-    // By one thread. reads: whether the row was read.
-    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, const Terms&,
-                                          bool reads) const {
+    // By one thread. entropy: whether it is asked for; reads: whether the row was read.
+    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, bool, bool reads) const {
         logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
         row_losses[row_] = loss_.value;
     }

@@ -26,7 +26,8 @@ __device__ __forceinline__ T* row_pointer(const Rows& rows, int64_t row) {
 }
 
 // Target i = row * K + k, or -1 if it is outside [0, V).
-__device__ __forceinline__ int target_index(const Targets& targets, int64_t i, int vocab) {
+template <class Aims>
+__device__ __forceinline__ int target_index(const Aims& targets, int64_t i, int vocab) {
     const int64_t target = targets.at(i);
     return 0 <= target && target < vocab ? static_cast<int>(target) : -1;
 }

@@ -1,5 +1,5 @@
-// The blocks that share a row: one, or a pair in a cluster, of which each has half of it. All decisions about a row follow
-// from what both have seen of it, bit by bit the same, so both come to the same barriers.
+// The blocks that share a row: one, or a pair in a cluster, of which each has half of it. All decisions about a row
+// follow from what both have seen of it, bit by bit the same, so both come to the same barriers.
 #pragma once
 
 #include <stdint.h>

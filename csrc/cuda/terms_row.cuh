@@ -3,6 +3,7 @@
 #pragma once
 
 #include "row.cuh"
+#include "token_ring.cuh"
 
 namespace fused_losses {
 
@@ -23,13 +24,14 @@ __device__ __forceinline__ TargetSums warp_sum(const TargetSums& x) { return {wa
 // Several targets are dealt out, target k to thread k modulo blockDim.x: what it keeps for a target only that thread
 // reads. Their logits are in a table: of the stats, or in one pass of the logprobs, until the gradient, which may
 // overwrite them, is written.
-template <class Z>
+template <class Z, class Aims = Targets>
 class TermsRow {
   public:
+    using OnChip = TermsRow<Z, RingTargets<false>>;
+    static constexpr bool kSingle = false;  // whether a token always has one target
     using Sums = Moments;
     static constexpr int kThreads = Z::kThreads;
     static constexpr int kThreadsOnChip = 512;
-    static constexpr bool kSingle = false;  // whether a token always has one target
 
     struct Shared {
         Partials<Online<Moments>> elements;
@@ -39,14 +41,16 @@ class TermsRow {
     const Z z;
     const int left_out;  // the single target; -1 if it is outside [0, V), or of several
 
-    // logits: the targets', (K, n).
-    __device__ __forceinline__ TermsRow(const Targets& targets, const Transform& transform, int64_t token, int64_t row,
-                                        int vocab, const float* logits, int64_t n)
+    // token: where its numbers are; aim: where its targets are; logits: the targets', (K, n).
+    template <class PerToken>
+    __device__ __forceinline__ TermsRow(const Aims& targets, const TransformOf<PerToken>& transform, int64_t token,
+                                        int64_t aim, int64_t row, int vocab, const float* logits, int64_t n)
         : z(Z::of(transform.softcap, transform.inverse_temperature(token))),
-          left_out(targets.single() ? target_index(targets, token, vocab) : -1),
+          left_out(targets.single() ? target_index(targets, aim, vocab) : -1),
           targets_(targets),
           logits_(logits + row),
           token_(token),
+          aim_(aim),
           row_(row),
           n_(n),
           vocab_(vocab) {}
@@ -101,21 +105,23 @@ class TermsRow {
     }
 
     // By every thread of a block.
+    template <class Problem>
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator, Shared& shared, int& turn) {
         softmax_ = softmax();
         sum_targets(shared, turn);
         evaluate_sums(problem, denominator);
     }
     // By one thread for itself.
+    template <class Problem>
     __device__ __forceinline__ void evaluate(const Problem& problem, float denominator) {
         softmax_ = softmax();
         sums_ = sum_targets(0, 1);
         evaluate_sums(problem, denominator);
     }
 
-    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, const Terms& terms,
+    __device__ __forceinline__ void store(const LogprobsTable& logprobs, float* row_losses, bool entropy,
                                           bool reads) const {
-        logprobs.entropy(row_) = reads && terms.entropy ? softmax_.entropy() : 0.f;
+        logprobs.entropy(row_) = reads && entropy ? softmax_.entropy() : 0.f;
         if (single()) logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
         row_losses[row_] = loss_.value;
     }
@@ -123,7 +129,7 @@ class TermsRow {
     __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
         if (single()) return;
         for (int k = first; k < num(); k += step) {
-            const bool given = targets_.at(token_, k) != targets_.ignore_index;
+            const bool given = targets_.at(aim_, k) != targets_.ignore_index;
             logprobs.target(row_, k) = reads && given ? target(k).logp : 0.f;
         }
     }
@@ -185,9 +191,9 @@ class TermsRow {
     __device__ __forceinline__ bool single() const { return targets_.single(); }
     __device__ __forceinline__ int num() const { return static_cast<int>(targets_.num); }
     __device__ __forceinline__ int index(int k) const {
-        return target_index(targets_, token_ * targets_.num + k, vocab_);
+        return target_index(targets_, aim_ * targets_.num + k, vocab_);
     }
-    __device__ __forceinline__ float share(int k) const { return targets_.share(token_, k); }
+    __device__ __forceinline__ float share(int k) const { return targets_.share(aim_, k); }
     __device__ __forceinline__ float logit(int k) const { return single() ? target_ : logits_[k * n_]; }
     __device__ __forceinline__ float raw_top() const { return single() ? fmaxf(maximum_, target_) : maximum_; }
 
@@ -215,15 +221,16 @@ class TermsRow {
                          : block_reduce(shared.targets, turn, sum_targets(threadIdx.x, blockDim.x), TargetSums{},
                                         [](const TargetSums& x) { return warp_sum(x); });
     }
+    template <class Problem>
     __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {
         const RowSeen seen =
             row_seen(z.level(raw_top()) * z.scale, softmax_, sums_.logp, sums_.whole, drift_, problem.vocab);
-        loss_ = terms_loss(problem, token_, seen, denominator);
+        loss_ = terms_loss(problem, token_, aim_, seen, denominator);
     }
 
-    const Targets& targets_;
+    const Aims& targets_;
     const float* const logits_;  // from this row on
-    const int64_t token_, row_, n_;
+    const int64_t token_, aim_, row_, n_;
     const int vocab_;
     float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f;
     Softmax softmax_{};

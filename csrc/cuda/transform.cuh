@@ -27,7 +27,7 @@ struct Identity {
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
     // Where a fold's maximum starts: some exponents below 0, as far as float32 goes.
     __device__ __forceinline__ float floor(float exponents) const {
-        return fmaxf(-exponents / (kLog2e * scale), kFloor);
+        return fmaxf(-exponents * reciprocal_approx(kLog2e * scale), kFloor);
     }
     __device__ __forceinline__ float cheap_level(float x) const { return x; }
     // Of an exponent that meets e_j = 0: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
