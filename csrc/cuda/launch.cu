@@ -119,7 +119,12 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
         params.asked.problem.denominator = {nullptr, 0, 1.f};  // nothing is there yet
     else if (p.averages)
         launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
-    const int64_t teams = even_grid(p.logits.n, std::max(s.blocks * device_limits().multiprocessors / s.team, 1));
+    const DeviceLimits limits = device_limits();
+    const int64_t at_a_time = std::max(s.blocks * limits.multiprocessors / s.team, 1);
+    // All that fit, as memory is what they wait for, unless they then push out of L2 what each has to read again.
+    const int64_t rest = (elements * static_cast<int64_t>(sizeof(T)) - bytes) * limits.multiprocessors;
+    const int64_t teams =
+        rest <= limits.l2_bytes / 8 ? std::min(p.logits.n, at_a_time) : even_grid(p.logits.n, at_a_time);
     start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<typename Row::OnChip>) + bytes, stream,
           params, s.team);
 }
