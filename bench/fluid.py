@@ -35,6 +35,10 @@ class Gpu:
     shared_bytes: int  # that a block may have
     shared_bytes_of_multiprocessor: int
 
+    @property
+    def clusters(self) -> bool:
+        return self.architecture != "sm_80"
+
 
 @dataclass(frozen=True)
 class Assumptions:

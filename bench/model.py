@@ -61,14 +61,15 @@ GPUS = {gpu.name: gpu for gpu in (H100, H200, A100, B200)}
 VECTOR = 16
 SLOTS = 4  # kSlots: vectors of a thread in a chunk
 GROUPS = 14  # kGroups: chunks at most
-SCRATCH = 1584  # sizeof(OnChipShared<PlainRow>)
-AHEAD = 64 * KB  # kAnnounced and kRestAhead
+SCRATCH = 1792  # sizeof(OnChipShared<PlainRow>)
+AHEAD = 32 * KB  # kAnnounced
 
 
 class Shape(NamedTuple):
     threads: int
     blocks: int  # per multiprocessor
     chunks: int = 0  # on chip
+    team: int = 1  # blocks of a row
 
 
 def chunk_bytes(threads: int) -> int:
@@ -96,7 +97,7 @@ def two_sweep_shape(gpu: Gpu, vocab: int, element: int) -> Shape:
 
 def on_chip_shape(gpu: Gpu, vocab: int, element: int, resident: int = 768) -> Shape | None:
     """None: two sweeps."""
-    row = vocab * element // VECTOR * VECTOR
+    row = slot_bytes(vocab, element)
     if row < 16 * KB or gpu.shared_bytes < 96 * KB:
         return None
     several = min(gpu.shared_bytes_of_multiprocessor // (row + SCRATCH + KB), resident // 256)
@@ -104,8 +105,21 @@ def on_chip_shape(gpu: Gpu, vocab: int, element: int, resident: int = 768) -> Sh
     if several > 1 and chunks <= GROUPS:
         return Shape(256, several, chunks)
     room = gpu.shared_bytes - SCRATCH
-    chunks = math.ceil(row / chunk_bytes(512)) if row <= room else room // chunk_bytes(512)
-    return Shape(512, 1, min(chunks, GROUPS))
+    team = 2 if gpu.clusters and 2 * row > 3 * room else 1
+    own = slot_bytes(part_of(vocab, element, team), element)
+    chunks = math.ceil(own / chunk_bytes(512)) if own <= room else room // chunk_bytes(512)
+    return Shape(512, 1, min(chunks, GROUPS), team)
+
+
+def slot_bytes(elements: int, element: int) -> int:
+    piece = WARP * VECTOR
+    return math.ceil(elements * element // VECTOR * VECTOR / piece) * piece
+
+
+def part_of(vocab: int, element: int, team: int) -> int:
+    """The elements of a block, the larger of a team's."""
+    line = 128 // element
+    return vocab if team == 1 else math.ceil(vocab // 2 / line) * line
 
 
 # ---- The kernels, with what was counted in their machine code --------------------------------------------------------
@@ -136,19 +150,19 @@ def counted(gpu: Gpu, kernel: str, element: int) -> dict[str, Sweep]:
 
 
 def stats(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
-    threads, blocks, _ = stream_shape(vocab)
+    threads, blocks, *_ = stream_shape(vocab)
     loops = counted(gpu, "stats_kernel", element)
     return Kernel(threads, blocks, even_grid(gpu, n, blocks), sums=loops["sum"])
 
 
 def grad(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
-    threads, blocks, _ = stream_shape(vocab)
+    threads, blocks, *_ = stream_shape(vocab)
     loops = counted(gpu, "grad_kernel", element)
     return Kernel(threads, blocks, even_grid(gpu, n, blocks), maps=loops["map"], zeros=loops["zero"])
 
 
 def two_sweeps(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
-    threads, blocks, _ = two_sweep_shape(gpu, vocab, element)
+    threads, blocks, *_ = two_sweep_shape(gpu, vocab, element)
     loops = counted(gpu, "loss_and_grad_kernel", element)
     grid = even_grid(gpu, n, blocks)
     return Kernel(threads, blocks, grid, sums=loops["sum"], maps=loops["map"], zeros=loops["zero"])
@@ -159,19 +173,21 @@ def one_pass(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
     if shape is None:
         return two_sweeps(gpu, vocab, n, element)
     loops = counted(gpu, "on_chip_kernel", element)
-    row = vocab * element
+    row = part_of(vocab, element, shape.team) * element
     on_chip = min(row, shape.chunks * chunk_bytes(shape.threads))
+    at_a_time = shape.blocks * gpu.multiprocessors
+    few = (row - on_chip) * gpu.multiprocessors <= gpu.l2_bytes // 8
     return Kernel(
         shape.threads,
         shape.blocks,
-        grid=even_grid(gpu, n, shape.blocks),
+        grid=min(shape.team * n, at_a_time) if few else even_grid(gpu, shape.team * n, shape.blocks),
         sums=loops["sum on chip"],
         maps=loops["map on chip"],
         zeros=loops["zero"],
         latency=250,  # a token's numbers are on chip
         row_instructions=450,
         on_chip=on_chip,
-        announced=AHEAD // shape.blocks + min(row - on_chip, AHEAD),
+        announced=AHEAD // shape.blocks,
     )
 
 
@@ -191,19 +207,28 @@ class Mode(NamedTuple):
 
 
 MODES = (
-    Mode("one pass", (one_pass,), 2),
-    Mode("75 % masked", (one_pass,), 2, masked=0.75),
+    Mode("one pass", (one_pass,), 1),
+    Mode("75 % masked", (one_pass,), 1, masked=0.75),
     Mode("one pass, two sweeps", (two_sweeps,), 2),
     Mode("two phase", (stats, grad), 1),
     Mode("forward only", (stats,), 1),
 )
 
 
+def run_of(
+    kernel: Callable[[Gpu, int, int, int], Kernel], gpu: Gpu, vocab: int, n: int, element: int, **given: Any
+) -> Run:
+    """A team's rows are as many shorter ones."""
+    shape = on_chip_shape(gpu, vocab, element) if kernel is one_pass else None
+    team = shape.team if shape else 1
+    return Run(gpu, kernel(gpu, vocab, n, element), part_of(vocab, element, team), team * n, element, **given)
+
+
 def ratios(gpu: Gpu, vocab: int, modes: Iterable[Mode] = MODES, n: int = N, element: int = 2) -> list[str]:
     """To a copy or, of a mode that writes nothing, a read: in step and apart."""
     asked = [(mode, assume) for mode in modes for assume in (IN_STEP, APART)]
     runs = [
-        [Run(gpu, k(gpu, vocab, n, element), vocab, n, element, masked=m.masked, assume=a) for k in m.kernels]
+        [run_of(k, gpu, vocab, n, element, masked=m.masked, assume=a) for k in m.kernels]
         for m, a in asked
     ]
     left = iter(times([run for of_mode in runs for run in of_mode]))
@@ -235,14 +260,17 @@ def beside(records: Iterable[dict[str, Any]]) -> str | None:
     return markdown(["", "mode", "measured", "predicted, in step / apart"], rows) if rows else None
 
 
-def shape_of(kernel: Kernel, row: int) -> str:
-    on_chip = f"{kernel.on_chip / row:.0%} on chip" if kernel.on_chip else "two sweeps"
-    return f"{kernel.blocks} x {kernel.threads}, {on_chip}"
+def shape_of(gpu: Gpu, vocab: int, element: int = 2) -> str:
+    kernel, shape = one_pass(gpu, vocab, element=element), on_chip_shape(gpu, vocab, element)
+    team = shape.team if shape else 1
+    share = kernel.on_chip / (part_of(vocab, element, team) * element)
+    on_chip = f"{share:.0%} on chip" if kernel.on_chip else "two sweeps"
+    return f"{'pairs of ' if team == 2 else ''}{kernel.blocks} x {kernel.threads}, {on_chip}"
 
 
 def predictions(gpus: Iterable[Gpu]) -> str:
     rows = [
-        [gpu.name, str(vocab), shape_of(one_pass(gpu, vocab), 2 * vocab), *ratios(gpu, vocab)]
+        [gpu.name, str(vocab), shape_of(gpu, vocab), *ratios(gpu, vocab)]
         for gpu in gpus
         for vocab in VOCABULARIES
     ]

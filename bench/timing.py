@@ -86,7 +86,7 @@ def _cuda(
     def on_device(call: Call) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         ready()
-        torch.cuda._sleep(1_000_000)  # about half a millisecond in which the host gets ahead of the device
+        torch.cuda._sleep(2_000_000)  # about a millisecond in which the host gets ahead of the device
         start.record()
         result = call()
         end.record()

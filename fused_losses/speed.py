@@ -147,7 +147,7 @@ def _on_gpu(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     def timed(call: Callable[[], Any]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host gets ahead
+        torch.cuda._sleep(2_000_000)  # a millisecond in which the host gets ahead
         start.record()
         call()
         end.record()

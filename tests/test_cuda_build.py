@@ -140,7 +140,9 @@ def test_hot_loops(kernels):
         each, chunk = EX2[transform]
 
         def few_ex2(loop: list[str], kind: str, elements: int, key=key, each=each, chunk=chunk) -> None:
-            assert sum("MUFU.EX2" in text for text in loop) <= each * elements + chunk, (*key, kind)
+            # What is left of a row on chip is summed in a loop that may form a chunk's rescale on two paths.
+            twice = key[1] == "on_chip_kernel" and kind == "sum"
+            assert sum("MUFU.EX2" in text for text in loop) <= each * elements + chunk * (1 + twice), (*key, kind)
 
         found = machine_code.loops_of(code, element, few_ex2)
         assert set(found) == LOOPS[kernel], key

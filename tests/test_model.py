@@ -109,13 +109,13 @@ def test_published_times_are_met(bench: SimpleNamespace) -> None:
 def test_the_launch_is_that_of_the_kernels(bench: SimpleNamespace) -> None:
     model = bench.model
     shapes = [tuple(model.on_chip_shape(model.H100, vocab, 2)) for vocab in model.VOCABULARIES]
-    assert shapes == [(256, 3, 4), (256, 2, 7), (512, 1, 7), (512, 1, 7), (512, 1, 7)]
-    assert model.on_chip_shape(model.A100, 128256, 2) == (512, 1, 5)
-    assert model.on_chip_shape(model.H100, 8000, 2) is None
+    assert shapes == [(256, 3, 4, 1), (256, 2, 7, 1), (512, 1, 7, 1), (512, 1, 7, 1), (512, 1, 7, 2)]
+    assert model.on_chip_shape(model.A100, 262144, 2) == (512, 1, 5, 1)
+    assert model.on_chip_shape(model.H100, 7000, 2) is None
     small = replace(model.H100, shared_bytes=99 * 1024, shared_bytes_of_multiprocessor=100 * 1024)
-    assert model.on_chip_shape(small, 128256, 2) == (512, 1, 3)
-    assert tuple(model.two_sweep_shape(model.H100, 128256, 2)) == (1024, 1, 0)
-    assert tuple(model.stream_shape(32000)) == (256, 4, 0)
+    assert model.on_chip_shape(small, 128256, 2) == (512, 1, 3, 1)
+    assert tuple(model.two_sweep_shape(model.H100, 128256, 2)) == (1024, 1, 0, 1)
+    assert tuple(model.stream_shape(32000)) == (256, 4, 0, 1)
 
     engine = ROOT / "csrc" / "cuda" / "on_chip.cuh"
     source = engine.read_text() + (engine.parent / "launch.cu").read_text()

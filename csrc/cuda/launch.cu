@@ -62,6 +62,8 @@ struct OnChipShape {
 };
 
 constexpr int64_t kVector = sizeof(uint4);
+static_assert(sizeof(OnChipShared<TermsRow<Softcap>::OnChip>) <= (3 << 10),
+              "more, and a chunk less has room beside it");
 
 int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
 

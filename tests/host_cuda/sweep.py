@@ -108,7 +108,7 @@ def divided_by(asked, loss):
 
 
 def one_pass(module, logits, grad, asked, chip=None, averages=False):
-    """(loss, row_losses, logprobs). chip: threads, chunks, announced vectors and blocks of a row; by the engine on chip.
+    """(loss, row_losses, logprobs). chip: threads, chunks, announced vectors, blocks of a row; by the engine on chip.
     averages: the kernel forms the mean's normaliser."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
