@@ -31,7 +31,7 @@ def conditions(device: torch.device, commit: str | None = None) -> dict[str, Any
         "triton": _triton(),
         "python": platform.python_version(),
         "commit": commit or _git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "dirty": bool(dirty) if dirty is not None else None,
+        "dirty": bool(dirty) if dirty is not None and not commit else None,  # whoever names the commit knows
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -21,7 +21,6 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results" / "machine_code"
 
 WIDTH = {"float": 4, "bfloat16": 8, "float16": 8}  # elements in 16 bytes
-SLOTS = 4  # that a loop over a row on chip reads at a time: fewer are numbers of tokens
 TRANSFORMS = ("Identity", "Softcap")  # of kernels with terms
 
 Code = list[tuple[int, str]]  # address, instruction
@@ -92,7 +91,7 @@ def kind_of(loop: list[str]) -> tuple[str, int]:
     loads = sum("LDG." in text and ".128" in text for text in loop)
     stores = sum("STG" in text and ".128" in text for text in loop)
     slots = sum("LDS.128" in text for text in loop)
-    if slots >= SLOTS:
+    if slots and any("MUFU.EX2" in text for text in loop):  # else it reads the numbers of tokens
         kinds = {0: "sum on chip", slots: "map on chip"}
         return kinds.get(stores, "unknown"), slots
     kinds = {stores: "map", 2 * stores: "skewed map", 0: "zero"}

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from cases import GPU_CASES
 from cells import markdown
 from fluid import APART, IN_STEP, KB, WARP, Gpu, Kernel, Run, Sweep, times
-from records import last, read
+from records import RESULTS, last, read
 from report import spliced
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,10 +227,7 @@ def run_of(
 def ratios(gpu: Gpu, vocab: int, modes: Iterable[Mode] = MODES, n: int = N, element: int = 2) -> list[str]:
     """To a copy or, of a mode that writes nothing, a read: in step and apart."""
     asked = [(mode, assume) for mode in modes for assume in (IN_STEP, APART)]
-    runs = [
-        [run_of(k, gpu, vocab, n, element, masked=m.masked, assume=a) for k in m.kernels]
-        for m, a in asked
-    ]
+    runs = [[run_of(k, gpu, vocab, n, element, masked=m.masked, assume=a) for k in m.kernels] for m, a in asked]
     left = iter(times([run for of_mode in runs for run in of_mode]))
     out: list[str] = []
     for (mode, assume), of_mode in zip(asked, runs, strict=True):
@@ -260,6 +257,15 @@ def beside(records: Iterable[dict[str, Any]]) -> str | None:
     return markdown(["", "mode", "measured", "predicted, in step / apart"], rows) if rows else None
 
 
+NOTHING = "no measurement of a GPU that this model knows"
+
+
+def newest_beside(folder: Path) -> str | None:
+    """Of the newest record there of a GPU."""
+    found = [r for path in sorted(folder.glob("*.jsonl")) if (r := read(path)) and r[0]["device_type"] == "cuda"]
+    return beside(max(found, key=lambda records: str(records[0]["date"]))) if found else None
+
+
 def shape_of(gpu: Gpu, vocab: int, element: int = 2) -> str:
     kernel, shape = one_pass(gpu, vocab, element=element), on_chip_shape(gpu, vocab, element)
     team = shape.team if shape else 1
@@ -269,11 +275,7 @@ def shape_of(gpu: Gpu, vocab: int, element: int = 2) -> str:
 
 
 def predictions(gpus: Iterable[Gpu]) -> str:
-    rows = [
-        [gpu.name, str(vocab), shape_of(gpu, vocab), *ratios(gpu, vocab)]
-        for gpu in gpus
-        for vocab in VOCABULARIES
-    ]
+    rows = [[gpu.name, str(vocab), shape_of(gpu, vocab), *ratios(gpu, vocab)] for gpu in gpus for vocab in VOCABULARIES]
     return markdown([f"bf16, N = {N}", "V", "blocks x threads", *(mode.name for mode in MODES)], rows)
 
 
@@ -366,11 +368,10 @@ def main(argv: list[str] | None = None) -> int:
     gpus = [GPUS[options.gpu]] if options.gpu else list(GPUS.values())
     if options.write:
         texts = {"model": predictions(gpus), "model-budgets": budgets(gpus), "model-calibration": calibration()}
+        texts["model-measured"] = newest_beside(RESULTS) or NOTHING
         PAGE.write_text(spliced(PAGE.read_text(), texts)[0])
     elif options.beside:
-        newest = max(options.beside.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
-        table = beside(read(newest)) if newest else None
-        print(table or "no measurement of a GPU that this model knows")
+        print(newest_beside(options.beside) or NOTHING)
     elif options.calibrate:
         print(calibration())
     else:

@@ -103,10 +103,10 @@ def terms(device: Device) -> tuple[str, list[Record]]:
     """What a term costs beside the plain loss, in the same run; in place, as what fresh memory costs hides it."""
     records = where(with_terms(device), mode="inplace")
     columns = distinct(records, "case", "dtype", "mode")
-    plain = {key: where(records, contender="fused", case=key[0], dtype=key[1], mode=key[2]) for key in columns}
 
     def beside(record: Record) -> str:
-        base = plain[record["case"], record["dtype"], record["mode"]]
+        same = {key: record[key] for key in ("case", "dtype", "mode", "backend")}
+        base = where(records, contender="fused", **same)
         times = f"{number(record['median_ms'])} ms"
         return (
             times if record["contender"] == "fused" else f"{times}, {record['median_ms'] / base[-1]['median_ms']:.2f}"
@@ -173,6 +173,7 @@ def gpu_times(device: Device) -> tuple[str, list[Record]]:
     records = [
         r for r in where(device, group=("fwd+bwd", "forward", "two_phase"), mode=tuple(MODES)) if r["mode"] != "reused"
     ]
+    records = [r for r in records if not r["contender"].startswith("fused, ")]  # terms have a table of their own
     heads = sorted(distinct(records, "contender", "backend"), key=lambda h: h[0] != "fused")
     rows = []
     for case, loss, dtype, mode in distinct(where(records, contender="fused"), "case", "loss", "dtype", "mode"):

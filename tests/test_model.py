@@ -112,7 +112,7 @@ def test_the_launch_is_that_of_the_kernels(bench: SimpleNamespace) -> None:
     assert shapes == [(256, 3, 4, 1), (256, 2, 7, 1), (512, 1, 7, 1), (512, 1, 7, 1), (512, 1, 7, 2)]
     assert model.on_chip_shape(model.A100, 262144, 2) == (512, 1, 5, 1)
     assert model.on_chip_shape(model.H100, 7000, 2) is None
-    small = replace(model.H100, shared_bytes=99 * 1024, shared_bytes_of_multiprocessor=100 * 1024)
+    small = replace(model.A100, shared_bytes=99 * 1024, shared_bytes_of_multiprocessor=100 * 1024)
     assert model.on_chip_shape(small, 128256, 2) == (512, 1, 3, 1)
     assert tuple(model.two_sweep_shape(model.H100, 128256, 2)) == (1024, 1, 0, 1)
     assert tuple(model.stream_shape(32000)) == (256, 4, 0, 1)

@@ -217,14 +217,12 @@ void launch(const StatsParams& p, uintptr_t stream) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
-    const bool normalises = p.averages && p.n > 0 && p.n <= kFewTokens;
-    if (p.averages && !normalises) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    if (p.averages) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);
         for_row(p.problem.plain, p.problem.transform, [&](auto kind) {
-            start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, sizeof(Partials<double>), stream,
-                  ObjectiveLaunch{p, normalises});
+            start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, 0, stream, p);
         });
     }
     if (p.loss) start_sum(total_kernel, stream, TotalParams{p.n, p.row_losses, p.problem.denominator, p.loss});

@@ -66,7 +66,12 @@ class CoefficientsTable(Structure):
 
 class LossAndGrad(Structure):
     _fields_ = fields(
-        logits=Rows, grad=Rows, problem=Problem, logprobs=LogprobsTable, row_losses=c_void_p, loss=c_void_p,
+        logits=Rows,
+        grad=Rows,
+        problem=Problem,
+        logprobs=LogprobsTable,
+        row_losses=c_void_p,
+        loss=c_void_p,
         averages=c_bool,
     )
 
