@@ -68,7 +68,7 @@ class LossAndGrad(Structure):
     _fields_ = fields(
         logits=Rows, grad=Rows, problem=Problem, logprobs=LogprobsTable, row_losses=c_void_p, loss=c_void_p,
         averages=c_bool,
-    )
+    )  # fmt: skip
 
 
 class Stats(Structure):
