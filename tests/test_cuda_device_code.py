@@ -85,11 +85,11 @@ def test_every_case_under_sanitizers(entry, cases, tmp_path):
 
 # name: file, text, replacement. Each is a bug somebody could write; the sweep must not pass with it.
 BUGS = {
-    "barrier dropped": ("cuda/block.cuh", "    __syncthreads();\n", ""),
+    "barrier dropped": ("cuda/block.cuh", "    team.barrier();\n", ""),
     "barrier in a branch": (
         "cuda/block.cuh",
-        "if (lane == 0) partials[warp] = x;\n    __syncthreads();",
-        "if (lane == 0) {\n partials[warp] = x;\n __syncthreads();\n }",
+        "if (lane == 0) team.tell(partials[team.rank() * warps + warp], x);\n    team.barrier();",
+        "if (lane == 0) {\n team.tell(partials[team.rank() * warps + warp], x);\n team.barrier();\n }",
     ),
     "partials used again too early": ("cuda/block.cuh", "turn ^= 1;", ""),
     "half a warp reduced": ("cuda/block.cuh", "lane > 0; lane /= 2) x +=", "lane > 1; lane /= 2) x +="),
@@ -113,22 +113,23 @@ BUGS = {
     "int32 target": ("cuda/row.cuh", "const int64_t target = targets", "const int32_t target = targets"),
     "target not checked": ("cuda/row.cuh", "0 <= target && target < vocab ?", "0 <= target ?"),
     "target by the wrong thread": ("cuda/two_sweeps.cuh", "body / kWidth<T> %", "j / kWidth<T> %"),
-    "target element left as the others": ("cuda/plain_row.cuh", "if (left_out >= 0 && static", "if (false && static"),
+    "target element left as the others": ("cuda/plain_row.cuh", "if (element >= 0 && static", "if (false && static"),
     "target's logit after its gradient": (
         "cuda/kernels.cuh",
-        "            row.write_targets(grad, map_row(logits, grad, vocab, row.template dense<Distance>()));\n"
+        "            row.write_targets("
+        "grad, map_row(logits, grad, vocab, row.template dense<Distance>()), row.left_out);\n"
         "        row.finish(",
         "        {\n"
         "            const Span<T> span = map_row(logits, grad, vocab, row.template dense<Distance>());\n"
         "            row.read_targets(logits, p.logprobs.data);\n"
         "            if (reads) row.evaluate(problem, problem.denominator.at(0), shared, turn);\n"
-        "            row.write_targets(grad, span);\n"
+        "            row.write_targets(grad, span, row.left_out);\n"
         "        }\n"
         "        row.finish(",
     ),
     "ignored row read": (
         "problem.h",
-        "return !targets.ignored(row) && (all_logprobs ||",
+        "return !targets.ignored(aim) && (all_logprobs ||",
         "return (all_logprobs ||",
     ),
     "multiplied by 0, not selected": (
@@ -153,10 +154,10 @@ BUGS = {
     ),
     "rows beyond the grid": (
         "cuda/kernels.cuh",
-        "i < p.logits.n; i += gridDim.x) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.log",
-        "i < p.logits.n; i += p.logits.n) {\n        Row row(problem.targets, problem.transform, i, i, vocab, p.log",
+        "i < p.logits.n; i += gridDim.x) {\n        Row row(problem.targets, problem.transform, i, i, i, vocab, p.log",
+        "i < p.logits.n; i += p.logits.n) {\n        Row row(problem.targets, problem.transform, i, i, i, vocab, p.log",
     ),
-    "ignored tokens in the normaliser": ("cuda/tokens.cuh", "return p.targets.ignored(row) ? 0.f :", "return"),
+    "ignored tokens in the normaliser": ("cuda/tokens.cuh", "return targets.ignored(row) ? 0.f :", "return"),
     "g without its clip": ("objectives.h", "-ceiling * advantage, 0.f}", "-ceiling * advantage, -ratio * advantage}"),
     "ignore_index in the gradient": (
         "cuda/plain_row.cuh",
@@ -206,7 +207,7 @@ BUGS = {
         "if (i == k) shares +=",
     ),
     "targets before the others are done": ("cuda/terms_row.cuh", "__syncthreads();", ""),
-    "one target by thread 0": ("cuda/terms_row.cuh", "== span.owner(left_out)", "== 0"),
+    "one target by thread 0": ("cuda/terms_row.cuh", "== span.owner(element)", "== 0"),
     "targets' logits after their gradient": (
         "cuda/kernels.cuh",
         "        row.finish(p.logprobs, threadIdx.x, blockDim.x, reads",
@@ -331,36 +332,99 @@ BUGS = {
     ),
     "copied to before it is read": (
         "cuda/on_chip.cuh",
-        "            map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n"
-        "            copy_chunk(coming, from, c);\n",
-        "            copy_chunk(coming, from, c);\n"
-        "            map_slots(c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n",
+        "            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n"
+        "            __syncwarp();\n"
+        "            copy_chunk(coming, from, next_slots, c);\n",
+        "            copy_chunk(coming, from, next_slots, c);\n"
+        "            __syncwarp();\n"
+        "            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n",
     ),
-    "no copies after a row that is not mapped": ("cuda/kernels.cuh", "if (!from_slots) chip.fetch(next, vocab);", ""),
+    "no copies after a row that is not mapped": (
+        "cuda/kernels.cuh",
+        "if (!from_slots) chip.fetch(next, part.size);",
+        "",
+    ),
     "copied twice": (
         "cuda/kernels.cuh",
-        "if (!from_slots) chip.fetch(next, vocab);",
-        "chip.fetch(next, vocab);",
+        "if (!from_slots) chip.fetch(next, part.size);",
+        "chip.fetch(next, part.size);",
     ),
     "slots under the scratch": (
         "cuda/kernels.cuh",
         "reinterpret_cast<uint4*>(&shared + 1)",
         "reinterpret_cast<uint4*>(&shared)",
     ),
-    "another thread's slots": (
+    "another thread's slots": ("cuda/on_chip.cuh", "+ in_line) % kWarp;", "+ in_line) % (kWarp / 2);"),
+    "another warp's slots": (
         "cuda/on_chip.cuh",
-        "+ threadIdx.x % kWarp),\n          chunks_",
-        "+ (threadIdx.x ^ 1) % kWarp),\n          chunks_",
+        "(threadIdx.x + in_line) % kWarp;",
+        "threadIdx.x % kWarp + in_line;",
     ),
-    "announced beyond the row": ("cuda/on_chip.cuh", "16 * min_of(vectors, share.vectors)", "16 * vectors"),
-    "a hint beyond the row": ("cuda/on_chip.cuh", "16 * min_of(rest, kRestAhead)", "16 * kRestAhead"),
+    "announced, and there is no row": ("cuda/on_chip.cuh", "16 * min_of(vectors, share.vectors)", "16 * vectors"),
+    "announced beyond the row": (
+        "cuda/on_chip.cuh",
+        "16 * min_of(vectors, share.vectors)",
+        "16 * (share.vectors > 0 ? vectors : 0)",
+    ),
+    # on chip: slots in the phase of what is copied into them
+    "slots not turned": ("cuda/on_chip.cuh", "(threadIdx.x + in_line) % kWarp;", "threadIdx.x % kWarp;"),
+    "slots not turned when they are filled": (
+        "cuda/on_chip.cuh",
+        "slots = slots_of(row, share);\n        for (int c",
+        "slots = slots_ + threadIdx.x % kWarp;\n        for (int c",
+    ),
+    "slots not turned when they are summed": (
+        "cuda/on_chip.cuh",
+        "slots = slots_of(row, share);\n        FoldedOnline",
+        "slots = slots_ + threadIdx.x % kWarp;\n        FoldedOnline",
+    ),
+    "slots not turned when they are mapped": (
+        "cuda/on_chip.cuh",
+        "slots = slots_of(in, share);",
+        "slots = slots_ + threadIdx.x % kWarp;",
+    ),
+    "slots not turned when they are filled again": (
+        "cuda/on_chip.cuh",
+        "next_slots = slots_of(next, coming);",
+        "next_slots = slots_ + threadIdx.x % kWarp;",
+    ),
+    "slots mapped in the next row's phase": (
+        "cuda/on_chip.cuh",
+        "slots = slots_of(in, share);",
+        "slots = slots_of(next, coming);",
+    ),
+    "slots filled in this row's phase": (
+        "cuda/on_chip.cuh",
+        "next_slots = slots_of(next, coming);",
+        "next_slots = slots_of(in, share);",
+    ),
+    "slots mapped in the gradient's phase": (
+        "cuda/on_chip.cuh",
+        "slots = slots_of(in, share);",
+        "slots = slots_of(out, share);",
+    ),
+    "filled while the warp still maps": (
+        "cuda/on_chip.cuh",
+        "                if (next) {\n                    __syncwarp();\n",
+        "                if (next) {\n",
+    ),
+    "filled while the warp still maps a row's end": (
+        "cuda/on_chip.cuh",
+        "            __syncwarp();\n            copy_chunk(",
+        "            copy_chunk(",
+    ),
+    "slots for no more vectors than there are": (
+        "cuda/launch.cu",
+        "return over(elements * element_bytes / kVector * kVector, kPiece) * kPiece;",
+        "return elements * element_bytes / kVector * kVector;",
+    ),
     # on chip: masks, edges and the rest
     "the last row's mask": (
         "cuda/kernels.cuh",
-        "row_to_read(next_slot, i + gridDim.x)",
-        "row_to_read(slot, i + gridDim.x)",
+        "row_to_read(next_slot, next_i)",
+        "row_to_read(slot, next_i)",
     ),
-    "a masked row copied": ("cuda/kernels.cuh", "i < n && problem.reads(token(slot, i)) ?", "i < n ?"),
+    "a masked row copied": ("cuda/kernels.cuh", "i < n && problem.reads(slot, aim(slot, i)) ?", "i < n ?"),
     "a whole chunk at the row's end": ("cuda/on_chip.cuh", "warp - kPiece + step)", "warp - 1 + step)"),
     "the last chunk left out": ("cuda/on_chip.cuh", "warp - 1 + step)", "warp - kPiece + step)"),
     "the next row's end taken for this one's": (
@@ -427,13 +491,21 @@ BUGS = {
         "return 0.f;",
     ),
     # on chip: numbers of the tokens ahead
-    "numbers over this token's": ("cuda/kernels.cuh", "fetch_token(last_slot, i + 2", "fetch_token(slot, i + 2"),
+    "numbers over this token's": (
+        "cuda/kernels.cuh",
+        "fetch_token(last_slot, turns.row());",
+        "fetch_token(slot, turns.row());",
+    ),
     "numbers over the next token's": (
         "cuda/kernels.cuh",
-        "fetch_token(last_slot, i + 2",
-        "fetch_token(next_slot, i + 2",
+        "fetch_token(last_slot, turns.row());",
+        "fetch_token(next_slot, turns.row());",
     ),
-    "numbers one row ahead": ("cuda/kernels.cuh", "i + 2 * int64_t{gridDim.x}", "i + int64_t{gridDim.x}"),
+    "numbers one row ahead": (
+        "cuda/kernels.cuh",
+        "fetch_token(last_slot, turns.row());",
+        "fetch_token(last_slot, next_i);",
+    ),
     "numbers beyond the last row": ("cuda/kernels.cuh", "if (i < n) ring.fetch(slot, i);", "ring.fetch(slot, i);"),
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
     "no barrier in a masked row": (
@@ -441,12 +513,149 @@ BUGS = {
         "            chip.wait_first();\n            __syncthreads();",
         "            chip.wait_first();",
     ),
-    "targets of 32 bits at the places of 64": (
+    "targets of 32 bits side by side": (
         "cuda/token_ring.cuh",
+        "reinterpret_cast<int32_t*>(indices_ + slot)",
         "reinterpret_cast<int32_t*>(indices_) + slot",
-        "reinterpret_cast<int32_t*>(indices_) + 2 * slot",
     ),
-    "shares of other rows": ("cuda/token_ring.cuh", "problem.targets.shares = numbers_[kShares];", ""),
+    "targets of 32 bits read as 64": (
+        "cuda/token_ring.cuh",
+        "given_.is_int64 ? indices_[i] : *reinterpret_cast<const int32_t*>(indices_ + i);",
+        "indices_[i];",
+    ),
+    "targets of 64 bits read as 32": (
+        "cuda/token_ring.cuh",
+        "given_.is_int64 ? indices_[i] : *reinterpret_cast",
+        "*reinterpret_cast",
+    ),
+    "shares of other rows": (
+        "cuda/token_ring.cuh",
+        "shares_ + slot, given_.shares + i",
+        "shares_ + slot, given_.shares",
+    ),
+    "share not copied": ("cuda/token_ring.cuh", "if (given_.shares) copy_async(", "if (false) copy_async("),
+    "no share where none is given": ("cuda/token_ring.cuh", "for (float& share : shares_) share = 1.f;", ""),
+    "several targets at a place of the ring": (
+        "cuda/kernels.cuh",
+        "return Row::kSingle || p.problem.targets.single() ? slot : i;",
+        "return slot;",
+    ),
+    "a constant number for the first token": (
+        "cuda/token_ring.cuh",
+        "for (float& each : column.numbers) each = number;",
+        "column.numbers[0] = number;",
+    ),
+    "a number in another's column": (
+        "cuda/token_ring.cuh",
+        "take(5, from.entropy_coef, terms.entropy_coef)",
+        "take(5, from.entropy_coef, terms.kl_coef)",
+    ),
+    "a column for two numbers": ("cuda/token_ring.cuh", "take(4, from.kl_coef,", "take(3, from.kl_coef,"),
+    "no thread for the last column": (
+        "cuda/token_ring.cuh",
+        "if (thread < kColumns) {",
+        "if (thread < kColumns - 1) {",
+    ),
+    "numbers without their stride": ("cuda/token_ring.cuh", "source.data + i * source.stride", "source.data + i"),
+    # on chip: rows in turns
+    "a place beyond the turn": ("cuda/kernels.cuh", "        if (place_ >= teams_) place_ -= teams_;\n", ""),
+    "the place after the last": ("cuda/kernels.cuh", "if (place_ >= teams_)", "if (place_ > teams_)"),
+    "a row left out between turns": ("cuda/kernels.cuh", "first_ += teams_;", "first_ += teams_ + 1;"),
+    "the first row twice": (
+        "cuda/kernels.cuh",
+        "    turns.advance();\n    fetch_token(1,",
+        "    fetch_token(1,",
+    ),
+    "one level of strides": (
+        "cuda/kernels.cuh",
+        "(i < rows.inner ? i * rows.inner_stride : rows.offset(i))",
+        "i * rows.inner_stride",
+    ),
+    # the mean's normaliser
+    "weights left out of the normaliser": (
+        "cuda/tokens.cuh",
+        "const float weight = weights.at(row);",
+        "const float weight = 1.f;",
+    ),
+    "a mean not divided": ("cuda/kernels.cuh", "if (threadIdx.x == 0) ring.set_denominator(normaliser);", ""),
+    "a mean's normaliser for the first token": (
+        "cuda/token_ring.cuh",
+        "{ set(problem.denominator, denominator); }",
+        "{ problem.denominator.numbers[1] = denominator; }",
+    ),
+    "a mean's normaliser nowhere": (
+        "cuda/kernels.cuh",
+        "if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;",
+        "",
+    ),
+    "a mean's normaliser nowhere, two phase": (
+        "cuda/tokens.cuh",
+        "if (blockIdx.x == 0 && threadIdx.x == 0) *p.loss = denominator;",
+        "",
+    ),
+    "a mean's normaliser of the block's tokens": (
+        "cuda/tokens.cuh",
+        "int64_t row = threadIdx.x; row < n; row += blockDim.x) sum",
+        "int64_t row = threadIdx.x; row < n; row += n) sum",
+    ),
+    # pairs of blocks
+    "partials told to the own block": (
+        "cuda/block.cuh",
+        "team.tell(partials[team.rank() * warps + warp], x);",
+        "partials[team.rank() * warps + warp] = x;",
+    ),
+    "both blocks' partials in one place": ("cuda/block.cuh", "partials[team.rank() * warps + warp]", "partials[warp]"),
+    "one block's partials reduced": ("cuda/block.cuh", "lane < team.size() * warps", "lane < warps"),
+    "the target's logit told to the own block": ("cuda/kernels.cuh", "team.tell(target, logit);", "target = logit;"),
+    "the target's logit told to the other block": (
+        "cuda/team.cuh",
+        "        place = x;\n        if (size_ == 2) *place_of(&place, 1 - rank()) = x;",
+        "        (size_ == 2 ? *place_of(&place, 1 - rank()) : place) = x;",
+    ),
+    "told to itself": ("cuda/team.cuh", "place_of(&place, 1 - rank())", "place_of(&place, rank())"),
+    "a block's barrier for a pair": ("cuda/team.cuh", "            pair_barrier();", "            __syncthreads();"),
+    "a pair's barrier for a block": (
+        "cuda/team.cuh",
+        "        if (size_ == 1)\n            __sync",
+        "        if (false)\n            __sync",
+    ),
+    "told before the other block has begun": (
+        "cuda/kernels.cuh",
+        "    team.barrier();  // of a pair: both have begun\n",
+        "    __syncthreads();\n",
+    ),
+    "the first half twice": ("cuda/team.cuh", "Part{half, vocab - half}", "Part{0, half}"),
+    "the second half as long as the first": ("cuda/team.cuh", "Part{half, vocab - half}", "Part{half, half}"),
+    "halves of a row without its last element": ("cuda/team.cuh", "Part{half, vocab - half}", "Part{half, vocab / 2}"),
+    "a half longer than the row": ("cuda/team.cuh", "half = line < vocab ? line : vocab;", "half = line;"),
+    "slots for half a row": ("cuda/launch.cu", "return over(vocab / 2, line) * line;", "return vocab / 2;"),
+    "the element after a block's": ("cuda/team.cuh", "j - first < size ?", "j - first <= size ?"),
+    "a block's first element not its own": ("cuda/team.cuh", "return first <= j &&", "return first < j &&"),
+    "the row's element taken for the part's": (
+        "cuda/kernels.cuh",
+        "left_out = part.index_of(row.left_out);",
+        "left_out = row.left_out;",
+    ),
+    "both halves at the row's beginning": ("cuda/kernels.cuh", "rows.offset(i)) + part.first;", "rows.offset(i));"),
+    "a whole row copied": ("cuda/kernels.cuh", "chip.fetch(logits, part.size);", "chip.fetch(logits, vocab);"),
+    "a whole row summed": (
+        "cuda/kernels.cuh",
+        "chip.template sum<Sums>(logits, part.size,",
+        "chip.template sum<Sums>(logits, vocab,",
+    ),
+    "a whole far row summed": (
+        "cuda/kernels.cuh",
+        "sum_row<Sums>(logits, part.size,",
+        "sum_row<Sums>(logits, vocab,",
+    ),
+    "a whole row of zeros": ("cuda/kernels.cuh", "zero_row(grad, part.size);", "zero_row(grad, vocab);"),
+    "a whole row mapped": (
+        "cuda/kernels.cuh",
+        "map_row(logits, grad, part.size,",
+        "map_row(logits, grad, vocab,",
+    ),
+    "pairs numbered as blocks": ("cuda/team.cuh", "size_ == 1 ? blockIdx.x : blockIdx.x / 2", "blockIdx.x"),
+    "pairs counted as blocks": ("cuda/team.cuh", "size_ == 1 ? gridDim.x : gridDim.x / 2", "gridDim.x"),
     # batch invariance
     "threads chosen by the number of rows": (
         "cuda/launch.cu",
@@ -469,7 +678,7 @@ BUGS = {
 UNSEEN = {
     "skewed loads beyond the row": "load_skewed",
     "the next row's end taken for this one's": "host_cuda::Copies",
-    "a hint beyond the row": "prefetch",
+    "announced beyond the row": "prefetch",
     "numbers beyond the last row": "copy_async",
 }
 

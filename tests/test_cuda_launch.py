@@ -53,56 +53,136 @@ def device(module, name, runs=False):
     module.launches()
 
 
-def launch(module, vocab, dtype, n=4096, plain=True, softcap=0.0, gap=0, stream=0):
+def launch(module, vocab, dtype, n=4096, plain=True, softcap=0.0, gap=0, stream=0, k=1, averages=False):
     """The launches of one pass over nothing: the kernels do not run."""
     matrix = structs.Rows(16, dtype, n, vocab, n, 0, vocab)
     grad = structs.Rows(16, dtype, n, vocab, n, 0, vocab + gap)
-    asked = structs.problem(structs.targets(np.zeros((1, 1), np.int64)), vocab, 1, plain=plain, softcap=softcap)
+    asked = structs.problem(structs.targets(np.zeros((1, k), np.int64)), vocab, 1, plain=plain, softcap=softcap)
     module.loss_and_grad(
-        stream=stream, logits=matrix, grad=grad, problem=asked, logprobs=structs.LogprobsTable(None, n, 1),
-        row_losses=None, loss=None, averages=False,
+        stream=stream, logits=matrix, grad=grad, problem=asked, logprobs=structs.LogprobsTable(None, n, k),
+        row_losses=None, loss=None, averages=averages,
     )  # fmt: skip
     return module.launches()
 
 
-# (threads, rows per multiprocessor, KB of the row on chip); None: two sweeps
+# (threads, blocks per multiprocessor, KB of the row that one has on chip, blocks of a row); None: two sweeps
 TABLE = {
     ("H100", 4000, 2): None,
-    ("H100", 16384, 2): (256, 3, 32),
-    ("H100", 32000, 2): (256, 3, 62),
-    ("H100", 50257, 2): (256, 2, 98),
-    ("H100", 100000, 2): (512, 1, 195),
-    ("H100", 115000, 2): (512, 1, 224),
-    ("H100", 115500, 2): (512, 1, 224),  # with what the kernel needs beside, just too long
-    ("H100", 128256, 2): (512, 1, 224),
-    ("H100", 151936, 2): (512, 1, 224),
-    ("H100", 32000, 4): (512, 1, 125),
-    ("H100", 128256, 4): (512, 1, 224),
-    ("B200", 32000, 2): (256, 3, 62),
-    ("A100", 32000, 2): (256, 2, 62),
-    ("A100", 50257, 2): (512, 1, 98),
-    ("A100", 151936, 2): (512, 1, 160),
-    ("L40S", 16384, 2): (256, 2, 32),
-    ("L40S", 32000, 2): (512, 1, 62),
-    ("L40S", 128256, 2): (512, 1, 96),
+    ("H100", 16384, 2): (256, 3, 32, 1),
+    ("H100", 32000, 2): (256, 3, 62, 1),
+    ("H100", 50257, 2): (256, 2, 98, 1),
+    ("H100", 100000, 2): (512, 1, 195, 1),
+    ("H100", 115000, 2): (512, 1, 224, 1),
+    ("H100", 115500, 2): (512, 1, 224, 1),  # with what the kernel needs beside, just too long
+    ("H100", 128256, 2): (512, 1, 224, 1),
+    ("H100", 151936, 2): (512, 1, 224, 1),
+    ("H100", 172000, 2): (512, 1, 224, 1),
+    ("H100", 174000, 2): (512, 1, 170, 2),
+    ("H100", 200064, 2): (512, 1, 196, 2),
+    ("H100", 262144, 2): (512, 1, 224, 2),
+    ("H100", 32000, 4): (512, 1, 125, 1),
+    ("H100", 128256, 4): (512, 1, 224, 2),
+    ("H200", 262144, 2): (512, 1, 224, 2),
+    ("H200", 128256, 4): (512, 1, 224, 2),
+    ("B200", 32000, 2): (256, 3, 62, 1),
+    ("B200", 262144, 2): (512, 1, 224, 2),
+    ("B200", 128256, 4): (512, 1, 224, 2),
+    ("A100", 32000, 2): (256, 2, 62, 1),
+    ("A100", 50257, 2): (512, 1, 98, 1),
+    ("A100", 151936, 2): (512, 1, 160, 1),
+    ("A100", 262144, 2): (512, 1, 160, 1),
+    ("L40S", 16384, 2): (256, 2, 32, 1),
+    ("L40S", 32000, 2): (512, 1, 62, 1),
+    ("L40S", 128256, 2): (512, 1, 96, 1),
+    ("L40S", 262144, 2): (512, 1, 96, 1),
 }
 
 
 @pytest.mark.parametrize("name, vocab, width", TABLE, ids=str)
 def test_table(module, name, vocab, width):
     device(module, name)
-    loss, total = launch(module, vocab, structs.FLOAT32 if width == 4 else structs.BFLOAT16)
-    expected = TABLE[name, vocab, width]
-    assert not total.on_chip and total.blocks == 1
+    dtype, expected = structs.FLOAT32 if width == 4 else structs.BFLOAT16, TABLE[name, vocab, width]
+    loss, total = launch(module, vocab, dtype)
+    assert not total.on_chip and total.blocks == total.team == 1
     if expected is None:
         assert not loss.on_chip
         return
-    threads, rows, slots = expected
-    assert (loss.on_chip, loss.threads) == (1, threads)
+    threads, blocks, slots, team = expected
+    assert (loss.on_chip, loss.threads, loss.team) == (1, threads, team)
     assert slots * KB < loss.shared_bytes < (slots + 3) * KB, loss
-    most = rows * DEVICES[name][0]
-    turns = -(-4096 // most)
-    assert loss.blocks == -(-4096 // turns), "as many turns for every block, or one less"
+    multiprocessors, l2_bytes, *_ = DEVICES[name]
+    most = blocks * multiprocessors // team
+    even = multiprocessors * max(vocab * width // team - slots * KB, 0) > l2_bytes // 8
+    for n in (3, most + 4, 4096):
+        loss, _ = launch(module, vocab, dtype, n)
+        assert loss.blocks % team == 0
+        if even:
+            assert loss.blocks // team == -(-n // -(-n // most)), "as many turns for every team, or one less"
+        else:
+            assert loss.blocks // team == min(n, most), "all that fit"
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_several_targets_have_no_pairs(module, name):
+    """What a token's targets tell each other goes through one block's shared memory."""
+    device(module, name)
+    for vocab in (262144, 10**6):
+        for dtype in (structs.FLOAT32, structs.BFLOAT16):
+            one, several = (launch(module, vocab, dtype, plain=False, k=k)[0] for k in (1, 2))
+            assert one.team == (2 if DEVICES[name][3] >= (9, 0) else 1)
+            assert several.on_chip and several.team == 1
+
+
+def test_an_odd_number_of_multiprocessors(module):
+    """As in a part of a GPU: one of them is left over."""
+    for multiprocessors, blocks in ((2, 2), (5, 4), (131, 130)):
+        module.configure(multiprocessors, 50 * MB, shared=(227 * KB, 228 * KB))
+        module.set(runs=False)
+        module.launches()
+        loss, _ = launch(module, 262144, structs.BFLOAT16, n=multiprocessors * 100)
+        assert (loss.team, loss.blocks) == (2, blocks)
+
+
+def mean_of_objective(module, n, plain=True, averages=True):
+    """The launches of stage 2 over nothing."""
+    asked = structs.problem(structs.targets(np.zeros((1, 1), np.int64)), 100, 1, plain=plain)
+    module.objective(
+        n=n, problem=asked, stats=structs.StatsTable(None, n, 1), logprobs=structs.LogprobsTable(None, n, 1),
+        row_losses=None, coefficients=structs.CoefficientsTable(None, n), loss=16, averages=averages,
+    )  # fmt: skip
+    return module.launches()
+
+
+@pytest.mark.parametrize("name, vocab", [("H100", 32000), ("H100", 262144), ("A100", 128256)])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_mean_of_few_tokens_has_no_launch_of_its_own(module, name, vocab, plain):
+    """Up to 8192 tokens each block goes through for itself."""
+    device(module, name)
+    for n in (1, 4096, 8192, 8193, 10**6):
+        few = n <= 8192
+        one_pass = launch(module, vocab, structs.BFLOAT16, n, plain, averages=True)
+        assert [it.on_chip for it in one_pass] == ([1, 0] if few else [0, 1, 0])
+        assert len(mean_of_objective(module, n, plain)) == (2 if few else 3)
+        # what is no mean has no normaliser
+        assert len(launch(module, vocab, structs.BFLOAT16, n, plain)) == 2
+        assert len(mean_of_objective(module, n, plain, averages=False)) == 2
+        # rows swept twice, of which a block has few
+        assert len(launch(module, 100, structs.BFLOAT16, n, plain, averages=True)) == 3
+
+
+@pytest.mark.parametrize("vocab", [100, 9001], ids=["two sweeps", "on chip"])
+@pytest.mark.parametrize("n", [0, 5])
+def test_a_mean_over_no_active_token_is_0(module, n, vocab):
+    """Of no token at all, or of ignored ones, in one pass and in two phases."""
+    device(module, "H100", runs=True)
+    logits, grad = (sweep.Matrix(n, vocab) for _ in range(2))
+    asked = sweep.asked_for(module, np.full(n, structs.IGNORE), vocab)
+    asked.denominator = structs.Column(structs.pointer(sweep.nan(1)), 0, np.nan)
+    loss, row_losses, _ = sweep.one_pass(module, logits.arg, grad.arg, asked, averages=True)
+    assert loss == 0 and not row_losses.any() and not any(row.any() for row in grad.rows)
+    assert any(it.on_chip for it in module.launches()) == (n > 0 and vocab == 9001)
+    loss, *_, coefficients = sweep.objective(module, sweep.nan(3, n), asked, averages=True)
+    assert loss == 0 and not coefficients.any()
 
 
 @pytest.mark.parametrize("vocab, threads, together", [(300, 32, 32), (4000, 128, 8), (32000, 256, 4), (262144, 256, 4)])
@@ -127,16 +207,18 @@ def test_streams(module, vocab, threads, together):
 @pytest.mark.parametrize("plain, softcap", [(True, 0.0), (False, 0.0), (False, 30.0)])
 def test_fits_the_device_and_no_choice_depends_on_rows(module, name, plain, softcap):
     device(module, name)
-    multiprocessors, _, (of_block, of_multiprocessor), _ = DEVICES[name]
+    multiprocessors, _, (of_block, of_multiprocessor), (major, _) = DEVICES[name]
     rng = np.random.default_rng(0)
-    for vocab in (1, 4095, 8192, 8193, 50257, 57400, 262144, 2**31 - 1, *rng.integers(8000, 300000, 30)):
+    nearly_two = range(56500, 58000, 250)  # that fit H100's shared memory, or do but for what the system takes
+    for vocab in (1, 4095, 8192, 8193, 50257, *nearly_two, 262144, 2**31 - 1, *rng.integers(8000, 300000, 30)):
         for dtype in (structs.FLOAT32, structs.BFLOAT16, structs.FLOAT16):
             chosen = set()
             for n in (1, 7, multiprocessors, 4096, 10**6):
                 for gap in (0, 1):  # the phase is no reason, either
                     it = launch(module, int(vocab), dtype, n, plain, softcap, gap)[0]
-                    assert 1 <= it.blocks <= n and it.shared_bytes <= of_block
-                    chosen.add((it.threads, it.shared_bytes, it.on_chip))
+                    assert 1 <= it.blocks <= n * it.team and it.shared_bytes <= of_block
+                    assert it.team == 1 or (it.team == 2 and it.blocks % 2 == 0 and major >= 9), "there are no clusters"
+                    chosen.add((it.threads, it.shared_bytes, it.on_chip, it.team))
             assert len(chosen) == 1, (vocab, chosen)
             if it.on_chip:
                 together = -(-it.blocks // multiprocessors)
@@ -238,9 +320,10 @@ def test_stream(module):
 @pytest.mark.parametrize("dtype", [structs.FLOAT32, structs.BFLOAT16])
 @pytest.mark.parametrize("name", ["H100", "L40S"])
 def test_runs_in_the_shape_of_the_table(module, name, dtype):
-    """The kernels, in blocks as on a GPU: rows that fit several times, once, and not as a whole."""
+    """The kernels, in blocks as on a GPU: rows that fit several times, once, not as a whole, and two blocks at most."""
     _, l2_bytes, shared, capability = DEVICES[name]
-    for vocab in (9001, 40001, 61000):
+    width = 4 if dtype == structs.FLOAT32 else 2
+    for vocab in (9001, 40001, 61000, 7 * shared[0] // (4 * width) + 1):
         module.configure(1, l2_bytes, shared=shared, capability=capability)
         module.set(runs=True)
         module.launches()
@@ -251,8 +334,8 @@ def test_runs_in_the_shape_of_the_table(module, name, dtype):
         token = rng.integers(0, vocab, n)
         asked = sweep.asked_for(module, token, vocab)
         _, _, logprobs = sweep.one_pass(module, logits.arg, grad.arg, asked)
-        ran = [it for it in module.launches() if it.on_chip]
-        assert vocab * 4 < 16 * KB or len(ran) == 1
+        (ran,) = (it for it in module.launches() if it.on_chip)
+        assert ran.team == (2 if vocab * width > 1.5 * shared[0] and capability >= (9, 0) else 1)
         x = logits.matrix()
         p = sweep.softmax(x - x.max(1, keepdims=True))
         at = np.arange(n), token
@@ -285,9 +368,111 @@ BUGS = {
     ),
     "a last turn for a few": (
         "cuda/launch.cu",
-        "even_grid(p.logits.n, s.rows), s.threads",
-        "std::min<int64_t>(p.logits.n, int64_t{s.rows} * device_limits().multiprocessors), s.threads",
-        lambda m: test_table(m, "H100", 128256, 2),
+        "rest <= limits.l2_bytes / 8 ?",
+        "true ?",
+        lambda m: test_table(m, "H100", 151936, 2),
+    ),
+    "fewer blocks than fit": (
+        "cuda/launch.cu",
+        "rest <= limits.l2_bytes / 8 ?",
+        "false ?",
+        lambda m: test_table(m, "H100", 32000, 2),
+    ),
+    "more blocks than rows": (
+        "cuda/launch.cu",
+        "? std::min(p.logits.n, at_a_time) :",
+        "? at_a_time :",
+        lambda m: test_table(m, "H100", 32000, 2),
+    ),
+    "what a whole row has beside a half's slots": (
+        "cuda/launch.cu",
+        "rest = (elements * static_cast",
+        "rest = (p.logits.vocab * static_cast",
+        lambda m: test_table(m, "H100", 200064, 2),
+    ),
+    "pairs where there are no clusters": (
+        "cuda/launch.cu",
+        "limits.clusters && single",
+        "single",
+        lambda m: test_table(m, "A100", 262144, 2),
+    ),
+    "clusters from sm_80 on": (
+        "cuda/device.cu",
+        "major >= 9};",
+        "major >= 8};",
+        lambda m: test_fits_the_device_and_no_choice_depends_on_rows(m, "L40S", True, 0.0),
+    ),
+    "pairs for several targets": (
+        "cuda/launch.cu",
+        "limits.clusters && single",
+        "limits.clusters",
+        lambda m: test_several_targets_have_no_pairs(m, "H100"),
+    ),
+    "pairs as soon as a row is too long": (
+        "cuda/launch.cu",
+        "2 * bytes > 3 * room",
+        "bytes > room",
+        lambda m: test_table(m, "H100", 151936, 2),
+    ),
+    "a pair counted as a block": (
+        "cuda/launch.cu",
+        "start(on_chip_kernel<T, Row>, teams * s.team,",
+        "start(on_chip_kernel<T, Row>, teams,",
+        lambda m: test_table(m, "H100", 262144, 2),
+    ),
+    "a pair on each multiprocessor": (
+        "cuda/launch.cu",
+        "limits.multiprocessors / s.team, 1)",
+        "limits.multiprocessors, 1)",
+        lambda m: test_table(m, "H100", 262144, 2),
+    ),
+    "a pair for half a pair of multiprocessors": (
+        "cuda/launch.cu",
+        "std::max(s.blocks * limits.multiprocessors / s.team, 1)",
+        "over(s.blocks * limits.multiprocessors, s.team)",
+        test_an_odd_number_of_multiprocessors,
+    ),
+    "a pair not launched as one": (
+        "cuda/launch.cu",
+        "          params, s.team);",
+        "          params);",
+        lambda m: test_table(m, "H100", 262144, 2),
+    ),
+    "slots for a whole row in each of a pair": (
+        "cuda/launch.cu",
+        "s.team == 1 ? p.logits.vocab : half_of(p.logits.vocab, sizeof(T));",
+        "p.logits.vocab;",
+        lambda m: test_table(m, "H100", 174000, 2),
+    ),
+    "a mean's normaliser by every block": (
+        "cuda/launch.cu",
+        "p.averages && p.logits.n <= kFewTokens}",
+        "p.averages}",
+        lambda m: test_a_mean_of_few_tokens_has_no_launch_of_its_own(m, "H100", 32000, True),
+    ),
+    "a mean's normaliser by nobody": (
+        "cuda/launch.cu",
+        "    else if (p.averages)\n",
+        "    else if (false)\n",
+        lambda m: test_a_mean_of_few_tokens_has_no_launch_of_its_own(m, "H100", 32000, True),
+    ),
+    "a mean's normaliser twice": (
+        "cuda/launch.cu",
+        "if (p.averages && !normalises) launch(",
+        "if (p.averages) launch(",
+        lambda m: test_a_mean_of_few_tokens_has_no_launch_of_its_own(m, "H100", 32000, True),
+    ),
+    "a mean over nothing": (
+        "cuda/launch.cu",
+        "if (p.logits.n == 0 && p.averages)\n",
+        "if (false)\n",
+        lambda m: test_a_mean_over_no_active_token_is_0(m, 0, 9001),
+    ),
+    "a mean over nothing, two phase": (
+        "cuda/launch.cu",
+        "normalises = p.averages && p.n > 0 && p.n <= kFewTokens",
+        "normalises = p.averages && p.n <= kFewTokens",
+        lambda m: test_a_mean_over_no_active_token_is_0(m, 0, 9001),
     ),
     "limits raised at the first launch": (
         "cuda/device.cu",

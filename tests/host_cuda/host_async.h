@@ -3,8 +3,9 @@
 // runs, the other in descending ones.
 //
 // An error: a slot that is read by another thread than the one that has filled it, read before its copy has been waited
-// for, filled while a copy to it is under way or by another warp than before, filled for a row while a lane has not read
-// it for the last one, or a copy that a block leaves under way.
+// for, filled while a copy to it is under way or by another warp than before, filled for a row before a lane reads it
+// for the last one, or filled from elsewhere in 128 bytes than it lies in them, which costs twice the requests; and a
+// copy that a block leaves under way.
 #pragma once
 
 #include <deque>
@@ -19,6 +20,8 @@ class Copies {
     void ask(void* to, const void* from, int bytes) {
         if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
             fail("a copy is not aligned to its size");
+        if (bytes == sizeof(uint4) && (offset(to) - reinterpret_cast<intptr_t>(from)) % 128)
+            fail("a copy between different places in 128 bytes");
         Place& place = at(to, bytes);
         if (place.owner != kNobody && place.owner / kWarp != me() / kWarp) fail("two warps copy to one place");
         if (place.pending) fail("a copy to where another one is under way");
@@ -85,9 +88,11 @@ class Copies {
         threads_.resize(block.threads.x * block.together());
         return threads_[me()];
     }
+    static int64_t offset(const void* shared) {
+        return static_cast<const char*>(shared) - block.shared(block.rank());
+    }
     Place& at(const void* p, int bytes) {
-        const int64_t offset = static_cast<const char*>(p) - block.shared(block.rank());
-        const int64_t places = block.shared_bytes / 4 + 1;
+        const int64_t offset = Copies::offset(p), places = block.shared_bytes / 4 + 1;
         if (offset < 0 || offset + bytes > static_cast<int64_t>(block.shared_bytes))
             fail("a place outside shared memory");
         places_.resize(places * block.together());

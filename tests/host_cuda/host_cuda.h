@@ -1,9 +1,10 @@
 // CUDA's execution model for g++: the files of csrc/cuda compile unchanged and run on the CPU, one fiber per thread.
 //
-// Blocks run one after another, those of a cluster together. Within a block, one warp runs until all its lanes wait, then the next: ascending or
-// descending, so that what a missing barrier leaves to chance goes both ways. Shared memory starts as NaN bytes. A
-// block whose threads wait for each other forever is an error. Not modelled: memory ordering, caches, launch limits,
-// speed.
+// Blocks run one after another; of a cluster one runs until it waits for the others, and then the next. Within a block,
+// one warp runs until all its lanes wait, then the next: ascending or descending, so that what a missing barrier leaves
+// to chance goes both ways. Shared memory starts as NaN bytes. A block whose threads wait for each other forever is an
+// error, and so is another block's shared memory before that has begun or after it has ended. Not modelled: memory
+// ordering, caches, launch limits, speed.
 #pragma once
 
 #include <math.h>
@@ -74,6 +75,11 @@ class Block {
     int together() const { return together_; }
     // The shared memory of a block of the cluster.
     char* shared(int rank) { return reinterpret_cast<char*>(shared_[rank].data()); }
+    // Whether that is to be had: the block has begun, and not all of its threads have returned.
+    bool lives(int rank) const {
+        const int own = static_cast<int>(threads.x);
+        return begun_[rank] && in(Fiber::done, rank * own, own) < own;
+    }
 
     // Blocks first to first + together - 1, which are a cluster.
     template <class Params>
@@ -82,6 +88,7 @@ class Block {
         first_ = first;
         together_ = together;
         warps_.assign(count / kWarp, Warp{});
+        begun_.assign(together, false);
         shared_.resize(together);
         for (auto& memory : shared_)
             std::vector<uint64_t>((shared_bytes + 15) / 16 * 2 + 16, ~uint64_t{0}).swap(memory);  // ends are found
@@ -113,15 +120,39 @@ class Block {
     }
 
   private:
-    // Runs every warp until all its lanes wait; then opens the barrier. False when all threads have returned.
+    int in(Fiber::State state, int first, int count) const {
+        int found = 0;
+        for (int i = first; i < first + count; ++i) found += fibers_[i]->state == state;
+        return found;
+    }
+
+    // Runs every block until all its threads have returned or wait for the others; then opens the barrier of all. False
+    // when all threads have returned.
     bool advance(int count) {
+        for (int b = 0; b < together_; ++b) {
+            const int rank = descending ? together_ - 1 - b : b, own = static_cast<int>(threads.x);
+            begun_[rank] = true;
+            for (run_warps(rank * own, own); in(Fiber::at_barrier, rank * own, own) == own; run_warps(rank * own, own))
+                release(Fiber::at_barrier, rank * own, own);
+        }
+        if (in(Fiber::done, 0, count) == count) return false;
+        if (in(Fiber::at_cluster_barrier, 0, count) < count)
+            fail("deadlock in block " + std::to_string(first_) + ": of " + std::to_string(count) + " threads " +
+                 std::to_string(in(Fiber::done, 0, count)) + " have returned, " +
+                 std::to_string(in(Fiber::at_barrier, 0, count)) + " are at a barrier and " +
+                 std::to_string(in(Fiber::at_cluster_barrier, 0, count)) + " at one of the cluster");
+        release(Fiber::at_cluster_barrier, 0, count);
+        return true;
+    }
+    // Of the threads from first on, each warp until all its lanes wait.
+    void run_warps(int first, int count) {
         const int warps = count / kWarp;
         for (int w = 0; w < warps; ++w) {
-            const int first = (descending ? warps - 1 - w : w) * kWarp;
+            const int of_warp = first + (descending ? warps - 1 - w : w) * kWarp;
             for (bool ran = true; ran;) {
                 ran = false;
                 for (int lane = 0; lane < kWarp; ++lane) {
-                    const int i = first + (descending ? kWarp - 1 - lane : lane);
+                    const int i = of_warp + (descending ? kWarp - 1 - lane : lane);
                     if (fibers_[i]->state != Fiber::ready) continue;
                     thread.x = i % threads.x;
                     index.x = first_ + i / threads.x;
@@ -130,29 +161,6 @@ class Block {
                 }
             }
         }
-        const auto in = [&](Fiber::State state, int first, int count) {
-            int found = 0;
-            for (int i = first; i < first + count; ++i) found += fibers_[i]->state == state;
-            return found;
-        };
-        if (in(Fiber::done, 0, count) == count) return false;
-        if (in(Fiber::at_cluster_barrier, 0, count) == count) {
-            release(Fiber::at_cluster_barrier, 0, count);
-            return true;
-        }
-        const int own = static_cast<int>(threads.x);
-        bool opened = false;
-        for (int first = 0; first < count; first += own)
-            if (in(Fiber::at_barrier, first, own) == own) {
-                release(Fiber::at_barrier, first, own);
-                opened = true;
-            }
-        if (!opened)
-            fail("deadlock in block " + std::to_string(first_) + ": of " + std::to_string(count) + " threads " +
-                 std::to_string(in(Fiber::done, 0, count)) + " have returned, " +
-                 std::to_string(in(Fiber::at_barrier, 0, count)) + " are at a barrier and " +
-                 std::to_string(in(Fiber::at_cluster_barrier, 0, count)) + " at one of the cluster");
-        return true;
     }
 
     void prepare(Fiber& fiber) {
@@ -203,6 +211,7 @@ class Block {
     std::vector<std::unique_ptr<Fiber>> fibers_;
     std::vector<Warp> warps_;
     std::vector<std::vector<uint64_t>> shared_;
+    std::vector<bool> begun_;
     int first_ = 0, together_ = 1;
     void (*body_)(const void*, const void*) = nullptr;
     const void* kernel_ = nullptr;
@@ -354,6 +363,7 @@ T* place_of(T* mine, unsigned rank) {
     const int64_t at = reinterpret_cast<char*>(mine) - block.shared(block.rank());
     if (at < 0 || at + sizeof(T) > block.shared_bytes) host_cuda::fail("no place of the block's shared memory");
     if (static_cast<int>(rank) >= block.together()) host_cuda::fail("a block outside the cluster");
+    if (!block.lives(rank)) host_cuda::fail("a block that has not begun, or has ended");
     return reinterpret_cast<T*>(block.shared(rank) + at);
 }
 

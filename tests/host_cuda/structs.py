@@ -73,7 +73,7 @@ class LossAndGrad(Structure):
         row_losses=c_void_p,
         loss=c_void_p,
         averages=c_bool,
-    )
+    )  # fmt: skip
 
 
 class Stats(Structure):

@@ -109,7 +109,7 @@ def divided_by(asked, loss):
 
 def one_pass(module, logits, grad, asked, chip=None, averages=False):
     """(loss, row_losses, logprobs). chip: threads, chunks, announced vectors, blocks of a row; by the engine on chip.
-    averages: the kernel forms the mean's normaliser."""
+    averages: the launch forms the mean's normaliser."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
     asked = divided_by(asked, loss)
@@ -130,17 +130,19 @@ def stats(module, logits, asked):
     return out
 
 
-def objective(module, table, asked, reduce=True):
-    """(loss, row_losses, logprobs, coefficients)"""
+def objective(module, table, asked, reduce=True, averages=False):
+    """(loss, row_losses, logprobs, coefficients). averages: as above."""
     n, k = table.shape[1], asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
     asked = divided_by(asked, loss) if reduce else asked
+    if averages:
+        loss[0] = np.nan
     coefficients = nan(1 if asked.plain else 4, n)
     module.objective(
         n=n, problem=asked, stats=structs.StatsTable(pointer(table), n, k),
         logprobs=structs.LogprobsTable(pointer(logprobs), n, k), row_losses=pointer(row_losses),
         coefficients=structs.CoefficientsTable(pointer(coefficients), n), loss=pointer(loss) if reduce else None,
-        averages=False,
+        averages=averages,
     )  # fmt: skip
     return loss, row_losses, logprobs, coefficients
 
@@ -205,7 +207,7 @@ class Case:
         for way, chip in self.ways.items():
             logits, out[f"{way} loss_and_grad"] = self.matrices()
             logits.guard(~self.reads & (not self.in_place))
-            averages = self.mean and chip is not None and n > 0
+            averages = self.mean and (chip is None or n > 0)
             loss, row_losses, logprobs = one_pass(
                 module, logits.arg, out[f"{way} loss_and_grad"].arg, asked, chip, averages
             )
@@ -216,9 +218,8 @@ class Case:
         logits.guard(~self.reads)
         out["stats"] = stats(module, logits.arg, asked)
         logits.guard(~self.reads, on=False)
-        out |= zip(
-            ("loss", "row_losses", "logprobs", "coefficients"), objective(module, out["stats"], asked), strict=True
-        )
+        seen = objective(module, out["stats"], asked, averages=self.mean)
+        out |= zip(("loss", "row_losses", "logprobs", "coefficients"), seen, strict=True)
         upstream, stride = self.upstream
         factors = upstream[:1] if stride == 0 else upstream
         idle = (out["coefficients"] == 0).all(0) | (factors == 0)
@@ -552,6 +553,29 @@ def rows_of_two_lengths(module, chip):
         close("grad", logits.matrix(), softmax(x) - (np.arange(vocab) == 0), 1e-5, 1e-6)
 
 
+def mean_of_many(module, chip):
+    """Of more tokens than a block has threads, by blocks, and pairs of them, that change places from turn to turn."""
+    n, vocab = 300, 9
+    rng, token = np.random.default_rng(0), np.zeros(n, np.int64)
+    token[rng.random(n) < 0.5] = IGNORE
+    weights = np.float32(rng.uniform(0.5, 2, n))
+    x = np.float32(rng.normal(0, 1, (n, vocab)))
+    active, p = token != IGNORE, softmax(x)
+    normaliser = np.float64(weights)[active].sum()
+    scale = np.where(active, weights / normaliser, 0)
+    want = -(scale * np.log(p[:, 0])).sum(), scale[:, None] * (p - (np.arange(vocab) == 0))
+    for multiprocessors in (1, 7):
+        module.configure(multiprocessors, 1 << 20)
+        logits = Matrix.of(x)
+        asked = asked_for(module, token, vocab, weights=column(weights, 1), denominator=column([0.0], 1))
+        table = stats(module, logits.arg, asked)
+        two_phase, _, _, coefficients = objective(module, table, asked, averages=True)
+        loss, _, _ = one_pass(module, logits.arg, logits.arg, asked, chip, averages=True)
+        close("mean of many, loss", [loss[0], two_phase[0]], want[0], 1e-5)
+        close("mean of many, coefficients", coefficients[0], -scale, 1e-5)
+        close("mean of many, gradient", logits.matrix(), want[1], 1e-5, 1e-9)
+
+
 def surest_target(module, chip):
     """1 - p just above float32's smallest normal number, where e^-gap is below it."""
     vocab, gap = 33013, 97.0
@@ -630,6 +654,7 @@ def main(library, cases, first=None):
         far_rows_and_masks,
         softcaps,
         rows_of_two_lengths,
+        mean_of_many,
         surest_target,
         with_terms,
         far_rows,
