@@ -162,7 +162,7 @@ def test_a_mean_of_few_tokens_has_no_launch_of_its_own(module, name, vocab, plai
         few = n <= 8192
         one_pass = launch(module, vocab, structs.BFLOAT16, n, plain, averages=True)
         assert [it.on_chip for it in one_pass] == ([1, 0] if few else [0, 1, 0])
-        assert len(mean_of_objective(module, n, plain)) == (2 if few else 3)
+        assert len(mean_of_objective(module, n, plain)) == 3  # its own kernel is no place to wait for so many loads
         # what is no mean has no normaliser
         assert len(launch(module, vocab, structs.BFLOAT16, n, plain)) == 2
         assert len(mean_of_objective(module, n, plain, averages=False)) == 2
@@ -458,20 +458,14 @@ BUGS = {
     ),
     "a mean's normaliser twice": (
         "cuda/launch.cu",
-        "if (p.averages && !normalises) launch(",
-        "if (p.averages) launch(",
+        "    else if (p.averages)\n",
+        "    if (p.averages)\n",
         lambda m: test_a_mean_of_few_tokens_has_no_launch_of_its_own(m, "H100", 32000, True),
     ),
     "a mean over nothing": (
         "cuda/launch.cu",
         "if (p.logits.n == 0 && p.averages)\n",
         "if (false)\n",
-        lambda m: test_a_mean_over_no_active_token_is_0(m, 0, 9001),
-    ),
-    "a mean over nothing, two phase": (
-        "cuda/launch.cu",
-        "normalises = p.averages && p.n > 0 && p.n <= kFewTokens",
-        "normalises = p.averages && p.n <= kFewTokens",
         lambda m: test_a_mean_over_no_active_token_is_0(m, 0, 9001),
     ),
     "limits raised at the first launch": (
