@@ -4,6 +4,7 @@ what was meant. The latter is read from the file; no GPU is needed."""
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -97,6 +98,20 @@ def test_says_whether_a_device_is_usable(module):
 
     assert _cuda.unusable(0) == ""
     assert "no CUDA device 999" in _cuda.unusable(999)
+
+
+def test_the_skeleton_compiles(tmp_path):
+    """bench/skeleton.py, which only a GPU can run."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    bench = Path(__file__).parent.parent / "bench"
+    code = (
+        f"import sys, ctypes, pathlib; sys.path.insert(0, {str(bench)!r}); import skeleton\n"
+        f"library = skeleton.compiled(pathlib.Path({str(tmp_path)!r}))\n"
+        "print(library.size_of_asked() - ctypes.sizeof(skeleton.Asked))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr[-2000:]
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------

@@ -226,6 +226,16 @@ def test_fits_the_device_and_no_choice_depends_on_rows(module, name, plain, soft
                 assert together * it.threads <= RESIDENT[plain] and it.threads in (256, 512)
 
 
+def test_no_pair_on_one_multiprocessor(module):
+    """As a small part of a GPU may be: two blocks that each fill one would not be resident together."""
+    _, l2_bytes, shared, capability = DEVICES["H100"]
+    for multiprocessors, team in ((1, 1), (2, 2)):
+        module.configure(multiprocessors, l2_bytes, shared=shared, capability=capability)
+        module.set(runs=False)
+        module.launches()
+        assert launch(module, 262144, structs.BFLOAT16)[0].team == team
+
+
 def test_devices_without_room(module):
     """Little shared memory, as before sm_80 or in a part of a GPU."""
     module.configure(16, 4 * MB, shared=(64 * KB, 64 * KB))
@@ -324,7 +334,7 @@ def test_runs_in_the_shape_of_the_table(module, name, dtype):
     _, l2_bytes, shared, capability = DEVICES[name]
     width = 4 if dtype == structs.FLOAT32 else 2
     for vocab in (9001, 40001, 61000, 7 * shared[0] // (4 * width) + 1):
-        module.configure(1, l2_bytes, shared=shared, capability=capability)
+        module.configure(2, l2_bytes, shared=shared, capability=capability)
         module.set(runs=True)
         module.launches()
         rng, n = np.random.default_rng(vocab), 5
@@ -392,7 +402,7 @@ BUGS = {
     ),
     "pairs where there are no clusters": (
         "cuda/launch.cu",
-        "limits.clusters && single",
+        "limits.clusters && limits.multiprocessors > 1 && single",
         "single",
         lambda m: test_table(m, "A100", 262144, 2),
     ),
@@ -404,8 +414,8 @@ BUGS = {
     ),
     "pairs for several targets": (
         "cuda/launch.cu",
-        "limits.clusters && single",
-        "limits.clusters",
+        "limits.clusters && limits.multiprocessors > 1 && single",
+        "limits.clusters && limits.multiprocessors > 1",
         lambda m: test_several_targets_have_no_pairs(m, "H100"),
     ),
     "pairs as soon as a row is too long": (

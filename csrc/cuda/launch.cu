@@ -100,7 +100,8 @@ OnChipShape on_chip_shape(const Rows& rows, int64_t element_bytes, int resident,
     if (several > 1 && chunks_of(kOfSeveral, bytes) <= kGroups)
         return {kOfSeveral, static_cast<int>(several), chunks_of(kOfSeveral, bytes), 1};
     const int64_t room = limits.shared_bytes - scratch;
-    const int team = limits.clusters && single && 2 * bytes > 3 * room ? 2 : 1;
+    const bool pairs = limits.clusters && limits.multiprocessors > 1 && single;
+    const int team = pairs && 2 * bytes > 3 * room ? 2 : 1;
     const int64_t own = team == 1 ? bytes : slot_bytes(half_of(rows.vocab, element_bytes), element_bytes);
     const int chunks = own <= room ? chunks_of(kOfOne, own) : static_cast<int>(room / chunk_bytes(kOfOne));
     return {kOfOne, 1, std::min(chunks, kGroups), team};
