@@ -174,6 +174,14 @@ struct LogprobsTable {
 
 // ---- One struct per stage ------------------------------------------------------------------------------------------
 
+// What a mean divides by: the sum of the active tokens' weights.
+struct NormaliserParams {
+    int64_t n;
+    Targets targets;
+    Column weights;
+    float* normaliser;  // (1,)
+};
+
 // One pass: stats, objective and gradient of a row while it is on chip. grad may be logits (in place).
 struct LossAndGradParams {
     Rows logits;
@@ -183,6 +191,8 @@ struct LossAndGradParams {
     float* row_losses;  // (N,) scratch: weight * loss per token
     float* loss;        // (1,)
     bool averages;      // the denominator is a mean's normaliser, to be formed first, where the loss will be
+
+    NormaliserParams normaliser() const { return {logits.n, problem.targets, problem.weights, loss}; }
 };
 
 // Stage 1: what a row shows of the vocabulary.
@@ -202,6 +212,8 @@ struct ObjectiveParams {
     CoefficientsTable<float> coefficients;
     float* loss;    // (1,), or null: no reduction and denominator 1
     bool averages;  // as above
+
+    NormaliserParams normaliser() const { return {n, problem.targets, problem.weights, loss}; }
 };
 
 // Stage 3: the gradient from stats and coefficients, each times upstream; a row where either is 0 is zero and its
@@ -221,14 +233,6 @@ struct GradParams {
 struct ScaleParams {
     Rows grad;
     const float* scale;  // (1,)
-};
-
-// What a mean divides by: the sum of the active tokens' weights.
-struct NormaliserParams {
-    int64_t n;
-    Targets targets;
-    Column weights;
-    float* normaliser;  // (1,)
 };
 
 }  // namespace fused_losses

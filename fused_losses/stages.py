@@ -102,7 +102,8 @@ class OnePass(torch.autograd.Function):
                 "a second backward through a one-pass fused loss: the first one consumed its gradient. "
                 "Pass recompute=True to the loss to run backward more than once."
             )
-        if not torch.compiler.is_compiling() and ctx.versions not in (None, _versions(gradients)):
+        versions = _versions(gradients)  # asked once: what is traced is said of each frame anew
+        if None not in (ctx.versions, versions) and ctx.versions != versions:
             raise RuntimeError(
                 "the logits of a fused loss with inplace=True hold its gradient until backward, and have been modified "
                 "by an inplace operation (another loss with inplace=True is one). Pass inplace=False, or a copy."

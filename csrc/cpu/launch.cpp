@@ -161,7 +161,7 @@ void grad_row(const GradParams& p, int64_t row) {
 }  // namespace cpu
 
 void launch(const LossAndGradParams& p, uintptr_t stream) {
-    if (p.averages) launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    if (p.averages) launch(p.normaliser(), stream);
     cpu::refuse_targets_outside(p.problem.targets, p.logits.n, p.problem.vocab);
     cpu::for_type(p.logits.dtype, [&](auto type) {
         using T = decltype(type);
@@ -185,7 +185,7 @@ void launch(const StatsParams& p, uintptr_t) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
-    if (p.averages) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    if (p.averages) launch(p.normaliser(), stream);
     cpu::for_each_row(p.n, 64, [&](int64_t row) {  // 64: an objective costs about as much as so many logits
         p.problem.plain ? cpu::objective_row<cpu::PlainRow<float>>(p, row)
                         : cpu::objective_row<cpu::TermsRow<float>>(p, row);

@@ -1,5 +1,5 @@
 // The stages over V: a row's business (plain_row.cuh, terms_row.cuh) walked by an engine (two_sweeps.cuh, on_chip.cuh),
-// one block per row.
+// one block per row, on chip one or two.
 #pragma once
 
 #include "on_chip.cuh"

@@ -121,7 +121,7 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     if (params.normalises)
         params.asked.problem.denominator = {nullptr, 0, 1.f};  // nothing is there yet
     else if (p.averages)
-        launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+        launch(p.normaliser(), stream);
     const DeviceLimits limits = device_limits();
     const int64_t at_a_time = std::max(s.blocks * limits.multiprocessors / s.team, 1);
     // All that fit, as memory is what they wait for, unless they then push out of L2 what each has to read again.
@@ -178,8 +178,7 @@ void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
 }  // namespace
 
 void launch(const LossAndGradParams& p, uintptr_t stream) {
-    if (p.logits.n == 0 && p.averages)
-        launch(NormaliserParams{0, p.problem.targets, p.problem.weights, p.loss}, stream);
+    if (p.logits.n == 0 && p.averages) launch(p.normaliser(), stream);
     if (p.logits.n > 0)
         for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
             using T = decltype(element);
@@ -188,7 +187,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
                 on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<typename Row::OnChip>),
                               p.problem.targets.single());
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
-            if (p.averages) launch(NormaliserParams{p.logits.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+            if (p.averages) launch(p.normaliser(), stream);
             const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
@@ -218,7 +217,7 @@ void launch(const StatsParams& p, uintptr_t stream) {
 }
 
 void launch(const ObjectiveParams& p, uintptr_t stream) {
-    if (p.averages) launch(NormaliserParams{p.n, p.problem.targets, p.problem.weights, p.loss}, stream);
+    if (p.averages) launch(p.normaliser(), stream);
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);

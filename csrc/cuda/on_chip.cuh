@@ -1,12 +1,14 @@
-// An engine: a row lives on one multiprocessor. Its vectors are copied once from memory to shared memory and swept
-// twice there; what does not fit is read twice, the second time from L2.
+// An engine: a row lives on one multiprocessor, or on a pair of them, each with a half (team.cuh). Its vectors are
+// copied once from memory to shared memory and swept twice there; what does not fit is read twice, the second time from
+// L2.
 //
 //     sweep 1    waits for the oldest copies, chunk by chunk
 //     sweep 2    copies the next row into each slot that it has emptied
 //
 // so that memory always has something to do: stores and loads of neighbouring rows, with one barrier per row, that of
-// the reduction. A slot belongs to one thread, which alone fills it, reads it and fills it again: program order and
-// wait_copies are all the order there has to be. Nothing waits in a loop.
+// the reduction. A slot belongs to one warp, and for a row to one thread, which alone fills it and reads it: program
+// order, wait_copies, and a __syncwarp before a lane fills what another has read are all the order there has to be.
+// Nothing waits in a loop.
 //
 //     chunk      kSlots * blockDim.x neighbouring vectors, kSlots * 32 of them of one warp, every 32nd of one thread
 //     group      the copies of a chunk, which arrive together. A row has kGroups, whatever its length, the last ones
@@ -164,7 +166,7 @@ class OnChip {
     __device__ __forceinline__ OnChip(uint4* slots, int chunks, int log_step)
         : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece), chunks_(chunks), log_step_(log_step) {}
 
-    // Begins to copy a row, which may be none, into slots that nobody needs any more.
+    // Begins to copy a row, which may be none, into slots that no thread of the warp needs any more.
     __device__ __forceinline__ void fetch(const T* row, int vocab) const {
         const Share<T> share = share_of(row, vocab);
         const uint4* const from = vectors_of(row, share);
@@ -318,6 +320,8 @@ class OnChip {
     static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
     }
+    // This thread's first slot for a row. Lanes are turned so that slots have the row's phase modulo 128 bytes: a copy
+    // between two phases costs twice the requests.
     __device__ __forceinline__ uint4* slots_of(const T* row, const Share<T>& share) const {
         const unsigned in_line = reinterpret_cast<uintptr_t>(row + share.head) / sizeof(uint4) % kLine;
         return slots_ + (threadIdx.x + in_line) % kWarp;

@@ -129,9 +129,9 @@ class Module:
 
         return launch
 
-    def on_chip(self, threads: int, chunks: int, announced: int, team: int, **given) -> None:
+    def on_chip(self, chip: Chip, **given) -> None:
         """loss_and_grad by that engine, in this shape."""
-        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), threads, chunks, announced, team))
+        raise_if(self._library.on_chip(ctypes.byref(LossAndGrad(**given)), *map(c_int, chip)))
 
     def configure(
         self,
@@ -172,6 +172,15 @@ class Module:
 
     def last_error(self) -> int:
         return self._library.last_error()
+
+
+class Chip(NamedTuple):
+    """A shape of the engine on chip."""
+
+    threads: int
+    chunks: int
+    announced: int  # vectors
+    team: int = 1  # blocks of a row
 
 
 class Launch(NamedTuple):

@@ -108,14 +108,14 @@ def divided_by(asked, loss):
 
 
 def one_pass(module, logits, grad, asked, chip=None, averages=False):
-    """(loss, row_losses, logprobs). chip: threads, chunks, announced vectors, blocks of a row; by the engine on chip.
+    """(loss, row_losses, logprobs). chip: by the engine on chip, in this shape.
     averages: the launch forms the mean's normaliser."""
     n, k = logits.n, asked.targets.num
     loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
     asked = divided_by(asked, loss)
     if averages:
         loss[0] = np.nan
-    launch = module.loss_and_grad if chip is None else functools.partial(module.on_chip, *chip)
+    launch = module.loss_and_grad if chip is None else functools.partial(module.on_chip, chip)
     launch(
         logits=logits, grad=grad, problem=asked, logprobs=structs.LogprobsTable(pointer(logprobs), n, k),
         row_losses=pointer(row_losses), loss=pointer(loss), averages=averages,
@@ -167,9 +167,9 @@ class Case:
     def __init__(self, module, drawn):
         self.module = module
         vars(self).update(drawn)
-        self.ways = {"two sweeps": None, "on chip": (*self.chip, 1)}
+        self.ways = {"two sweeps": None, "on chip": structs.Chip(*self.chip)}
         if self.pair:
-            self.ways["pair"] = (*self.pair, 2)
+            self.ways["pair"] = structs.Chip(*self.pair, team=2)
 
     def problem(self, at=slice(None), denominator=None):
         """Of some of the rows."""
@@ -660,7 +660,7 @@ def main(library, cases, first=None):
         far_rows,
         unreadable_rows,
     )
-    chips = None, (32, 1, 0, 1), (64, 2, 40, 1), (32, 1, 8, 2)
+    chips = None, structs.Chip(32, 1, 0), structs.Chip(64, 2, 40), structs.Chip(32, 1, 8, team=2)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
