@@ -5,11 +5,13 @@ import os as _os
 from . import aggregation, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
+from .linear_head import LinearHead
 from .losses import cispo, cross_entropy, dro, gmpo, gspo, importance_sampling, logprobs, policy_loss, ppo, sapo
 from .objectives import Objective
 from .outputs import Outputs
 from .sequences import segment_expand, segment_mean, segment_sum
 from .version import __version__
+from .vocab_shard import VocabShard
 
 # In a checkout triton_kernels/ lies beside this package, not in it as setup.py installs it.
 if not _os.path.isdir(_os.path.join(__path__[0], "triton_kernels")):
@@ -18,8 +20,10 @@ if not _os.path.isdir(_os.path.join(__path__[0], "triton_kernels")):
 
 __all__ = [
     "ComputeResult",
+    "LinearHead",
     "Objective",
     "Outputs",
+    "VocabShard",
     "__version__",
     "aggregation",
     "cispo",

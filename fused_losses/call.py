@@ -15,6 +15,7 @@ from .backends import resolve, unusable
 from .composition import Columns, PerToken
 from .logits import Logits
 from .objectives import OBJECTIVES, Objective
+from .origin import Origin
 from .outputs import Call, Outputs
 from .problem import (
     BackendName,
@@ -40,7 +41,7 @@ Result = Tensor | tuple[Tensor, Outputs]
 
 def policy(
     name: str,
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     columns: Columns,
     terms: PolicyTerms,
@@ -53,7 +54,7 @@ def policy(
 
 
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     label_smoothing: float,
     z_loss: float,
@@ -91,7 +92,7 @@ def cross_entropy(
 
 def sequence_policy(
     name: str,
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     columns: Columns,
     sequences: Sequences,
@@ -108,7 +109,7 @@ def sequence_policy(
 
 
 def sapo(
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     columns: Columns,
     ratio_level: str,
@@ -129,7 +130,7 @@ def sapo(
 
 
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     inputs: tuple[Any, ...],
@@ -145,12 +146,19 @@ def policy_loss(
         return _composed(function, logits, target_tokens, columns, Sequences(), terms, transform, reduction, how)
     logits, _ = checks.logits_and_targets(logits, target_tokens)
     backend = checks.backend(how.backend)
-    if backend == "auto" and named.triton is not None and logits.is_cuda and not unusable("triton", logits.device):
+    if (
+        backend == "auto"
+        and named.triton is not None
+        and logits.device.type == "cuda"
+        and not unusable("triton", logits.device)
+    ):
         how = how._replace(backend="triton")
     if OBJECTIVES.get(named.name) is not named:
         # Operators know objectives by name, and so only ours.
         given = (*columns.values(), *transform, *reduction, *terms)
-        watched = checks.watched(logits, target_tokens, *(value for value in given if isinstance(value, Tensor)))
+        watched = checks.watched(
+            *_made_of(logits), target_tokens, *(value for value in given if isinstance(value, Tensor))
+        )
         if watched or not resolve(how.backend, logits.device).runs(named):
             _inputs(named, columns, logits)
             function = composition.of_objective(named)
@@ -159,7 +167,7 @@ def policy_loss(
 
 
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     transform: Transform,
     ignore_index: int,
@@ -180,12 +188,13 @@ def logprobs(
     )
     source = _source(logits, problem, How(backend=checks.backend(backend)))
     if not return_entropy:
-        logp, _ = stages.run(source, (logits,), problem, reduce=False, recompute=False)
+        logp, _ = stages.run(source, _made_of(logits), problem, reduce=False, recompute=False)
         return logp.view(target_tokens.shape)
-    if stages.wants_gradient((logits,)):
-        logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, logits)
+    inputs = _made_of(logits)
+    if stages.wants_gradient(inputs):
+        logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, *inputs)
     else:
-        seen = Logprobs(source.forward((logits,), problem, False).logprobs)
+        seen = Logprobs(source.forward(inputs, problem, False).logprobs)
         logp, entropy = seen.targets(), seen.entropy()
     return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
 
@@ -195,7 +204,7 @@ def logprobs(
 
 def _of_objective(
     objective: Objective,
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     columns: Columns,
     terms: PolicyTerms,
@@ -219,7 +228,7 @@ def _of_objective(
 
 
 def _run(
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     problem: Problem,
     columns: Columns,
@@ -229,12 +238,12 @@ def _run(
     checks.backend(how.backend)
     reduce = reduction.reduction != "none"
     if how.inplace:
-        if stages.wants_gradient((logits,)):
+        if stages.wants_gradient(_made_of(logits)):
             checks.inplace(logits, reduction.reduction, how.recompute)
         else:  # forward only, which writes nothing
             how = how._replace(inplace=False)
     source = _source(logits, problem, how)
-    loss, table = stages.run(source, (logits,), problem, reduce=reduce, recompute=how.recompute)
+    loss, table = stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute)
     if not reduce:
         loss = loss.view(logits.shape[:-1])
     if not how.return_outputs:
@@ -244,12 +253,19 @@ def _run(
     return loss, Outputs(seen.targets().reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
 
 
-def _source(logits: Tensor, problem: Problem, how: How) -> stages.Source:
+def _made_of(logits: Tensor | Origin) -> tuple[Tensor, ...]:
+    """What gets a gradient."""
+    return logits.inputs if isinstance(logits, Origin) else (logits,)
+
+
+def _source(logits: Tensor | Origin, problem: Problem, how: How) -> stages.Source:
+    if isinstance(logits, Origin):
+        return logits.source(how)
     kind = ops.Watched if ops.watched(logits, problem) else Logits
     return kind(how.backend, how.inplace, how.validate)
 
 
-def _inputs(objective: Objective, columns: Columns, logits: Tensor) -> tuple[Column, ...]:
+def _inputs(objective: Objective, columns: Columns, logits: Tensor | Origin) -> tuple[Column, ...]:
     """The objective's columns in its order, its bounds checked as far as the host knows them."""
     inputs: list[Column] = []
     for name in objective.columns:
@@ -265,7 +281,7 @@ def _inputs(objective: Objective, columns: Columns, logits: Tensor) -> tuple[Col
     return tuple(inputs)
 
 
-def _terms(terms: PolicyTerms, logits: Tensor) -> Terms:
+def _terms(terms: PolicyTerms, logits: Tensor | Origin) -> Terms:
     kl_coef = checks.column("kl_coef", terms.kl_coef, logits)
     entropy_coef = checks.column("entropy_coef", terms.entropy_coef, logits)
     wanted = asked(terms)
@@ -292,7 +308,7 @@ def _terms(terms: PolicyTerms, logits: Tensor) -> Terms:
 _NO_TERMS = Terms()
 
 
-def _transform(transform: Transform, logits: Tensor) -> Transform:
+def _transform(transform: Transform, logits: Tensor | Origin) -> Transform:
     """One that leaves no scale to apply: s cap tanh(x / cap) / T, with cap and T divided by s."""
     temperature = checks.column("temperature", transform.temperature, logits)
     softcap = None if transform.softcap is None else checks.number("softcap", transform.softcap)
@@ -310,7 +326,7 @@ def _transform(transform: Transform, logits: Tensor) -> Transform:
 
 
 def _shares(
-    logits: Tensor, target_tokens: Tensor, weights: Tensor | float | None, ignore_index: int
+    logits: Tensor | Origin, target_tokens: Tensor, weights: Tensor | float | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """((N, K) weights with ignored targets at 0, (N,) 1 for a token that has any other)"""
     given = checks.column("weights", 1.0 if weights is None else weights, target_tokens.unsqueeze(-1))
@@ -328,7 +344,7 @@ def _shares(
 
 def _composed(
     objective: PerToken,
-    logits: Tensor,
+    logits: Tensor | Origin,
     target_tokens: Tensor,
     columns: Columns,
     sequences: Sequences,
@@ -341,7 +357,7 @@ def _composed(
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
-    if how.inplace and stages.wants_gradient((logits,)):
+    if how.inplace and stages.wants_gradient(_made_of(logits)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
     checked: dict[str, Column | None] = {
         **columns,

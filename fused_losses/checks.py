@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from .backends import NAMES
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
-from .problem import BackendName, Column
+from .origin import Origin
+from .problem import BackendName, Column, Problem
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,7 +30,7 @@ _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).smallest_normal  # below, GPUs may take a number for 0
 
 
-def plain(name: str, tensor: Tensor, logits: Tensor | None = None) -> Tensor:
+def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> Tensor:
     """The tensor with its data where its pointer says, and its sign as its memory says.
 
     The kernels read memory: what negates when it is read (``.conj().imag``), holds nothing (``_efficientzerotensor``)
@@ -46,7 +47,7 @@ def plain(name: str, tensor: Tensor, logits: Tensor | None = None) -> Tensor:
     return _resolved(name, tensor, logits)
 
 
-def _resolved(name: str, tensor: Tensor, logits: Tensor | None) -> Tensor:
+def _resolved(name: str, tensor: Tensor, logits: Tensor | Origin | None) -> Tensor:
     if torch._C._len_torch_dispatch_stack() > 0:  # somebody traces: FakeTensorMode, make_fx, export
         return tensor
     if tensor.layout is not _STRIDED:
@@ -63,9 +64,15 @@ def _wraps(tensor: Tensor) -> bool:
     return type(tensor) not in _TENSORS and torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
-def _unwrapped(name: str, tensor: Tensor, logits: Tensor | None) -> Tensor:
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+def _is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in _TENSORS:
+        return False
+    distributed = sys.modules.get("torch.distributed.tensor")  # without which there is none
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _unwrapped(name: str, tensor: Tensor, logits: Tensor | Origin | None) -> Tensor:
+    if _is_dtensor(tensor):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor: pass the part that is here, {name}.to_local(), "
             f"or the whole, {name}.full_tensor()"
@@ -88,7 +95,7 @@ def watched(*tensors: Column | None) -> bool:
     return not _PLAIN.issuperset(map(type, tensors))
 
 
-def no_transform(logits: Tensor) -> None:
+def no_transform(name: str, tensor: Tensor) -> None:
     """Raise inside vmap, jvp and their like, where autograd would ask for rules that the losses don't have."""
     if _in_dynamo():
         return
@@ -100,31 +107,66 @@ def no_transform(logits: Tensor) -> None:
             f"the fused losses have no rule for torch.func.{transform.key().name.lower()}: call them outside of "
             "torch.func transforms, with .backward() or torch.autograd.grad (fused_losses.reference can be transformed)"
         )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
-            "logits carry a forward-mode tangent, which the fused losses would drop: use reverse mode "
+            f"{name} carry a forward-mode tangent, which the fused losses would drop: use reverse mode "
             "(fused_losses.reference has forward mode)"
         )
 
 
-def several_targets(logits: Tensor, target_tokens: Tensor) -> bool:
+def several_targets(logits: Tensor | Origin, target_tokens: Tensor) -> bool:
     """Whether the targets are (..., K): as many dimensions as the logits."""
-    return isinstance(logits, Tensor) and isinstance(target_tokens, Tensor) and 0 < target_tokens.dim() == logits.dim()
+    given = isinstance(logits, Tensor | Origin) and isinstance(target_tokens, Tensor)
+    return given and 0 < target_tokens.dim() == len(logits.shape)
 
 
-def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = False) -> tuple[Tensor, Tensor]:
-    """Check both: the logits in plain form, and the targets as (N,), or (N, K) for ``several``."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    no_transform(logits)
-    logits = plain("logits", logits)
-    if logits.is_nested:
-        raise TypeError("logits must be a dense tensor, got a nested one: pass its values, or pad it")
-    if logits.dtype not in LOGITS_DTYPES:
+def dense(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], beside: Tensor | None = None) -> Tensor:
+    """What logits are read from, or made of, in plain form. beside: another such tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    no_transform(name, tensor)
+    tensor = plain(name, tensor, beside)
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass its values, or pad it")
+    if tensor.dtype not in dtypes:
         raise TypeError(
-            f"logits must be float32, bfloat16 or float16, got {logits.dtype} (fused_losses.reference takes any float)"
+            f"{name} must be float32, bfloat16 or float16, got {tensor.dtype} (fused_losses.reference takes any float)"
         )
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    return tensor
+
+
+def parameter(name: str, tensor: Tensor) -> Tensor:
+    """What a head is made of. A subclass may hold numbers that its dtype does not tell of (quantised), or a part of
+    them (sharded), and reads as if it did not."""
+    if not isinstance(tensor, Tensor):
+        hint = f"; pass its {name}, or LinearHead.of" if isinstance(tensor, torch.nn.Module) else ""
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{hint}")
+    if _is_dtensor(tensor):
+        distributed: Any = tensor
+        if all(placement.is_replicate() for placement in distributed.placements):
+            return parameter(name, distributed.to_local())
+        raise TypeError(
+            f"{name} must be whole, got a DTensor with placements {distributed.placements}: of FSDP, call inside the "
+            "forward of the module that gathers it; of tensor parallelism, pass to_local() and the group"
+        )
+    tensor = dense(name, tensor, LOGITS_DTYPES)
+    if tensor.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a meta tensor")
+    if _wraps(tensor) and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
+        raise TypeError(f"{name} must be a plain tensor, got a {type(tensor).__name__}, as of a quantised weight")
+    return tensor
+
+
+def logits_and_targets(
+    logits: Tensor | Origin, target_tokens: Tensor, several: bool = False
+) -> tuple[Tensor | Origin, Tensor]:
+    """Check both: the logits in plain form, and the targets as (N,), or (N, K) for ``several``."""
+    if isinstance(logits, Tensor) and _is_dtensor(logits):
+        from .vocab_shard import of_dtensor  # which imports this
+
+        logits = of_dtensor(logits)
+    logits = logits.checked() if isinstance(logits, Origin) else dense("logits", logits, LOGITS_DTYPES)
+    if len(logits.shape) == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., V) with V > 0, got {tuple(logits.shape)}")
     if not isinstance(target_tokens, Tensor):
         raise TypeError(f"target_tokens must be a tensor, got {type(target_tokens).__name__}")
@@ -145,7 +187,7 @@ def logits_and_targets(logits: Tensor, target_tokens: Tensor, several: bool = Fa
     return logits, target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
 
 
-def column(name: str, value: Tensor | float, logits: Tensor) -> Column:
+def column(name: str, value: Tensor | float, logits: Tensor | Origin) -> Column:
     """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0."""
     if not isinstance(value, Tensor):
         return number(name, value, " or a tensor")
@@ -172,7 +214,7 @@ def clip(low: Column | None, high: Column | None) -> None:
         raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, got {low} > {high}")
 
 
-def denominator(value: Tensor | float | None, reduction: str, logits: Tensor) -> Column | None:
+def denominator(value: Tensor | float | None, reduction: str, logits: Tensor | Origin) -> Column | None:
     """What the sum is divided by; None for a plain mean, whose normaliser a backend forms."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -201,10 +243,12 @@ def backend(name: BackendName) -> BackendName:
     return name
 
 
-def inplace(logits: Tensor, reduction: str, recompute: bool) -> None:
+def inplace(logits: Tensor | Origin, reduction: str, recompute: bool) -> None:
     if reduction == "none" or recompute:
         cause = 'reduction="none"' if reduction == "none" else "recompute=True"
         raise ValueError(f"inplace=True makes the gradient in forward, {cause} makes it in backward: choose one")
+    if isinstance(logits, Origin):
+        logits = logits.overwritten()
     if logits.is_leaf:
         raise ValueError(_OVERWRITES_LEAF)
     base = logits._base
@@ -245,6 +289,15 @@ def targets_in_range(target_tokens: Tensor, vocab: int, ignore_index: int) -> No
             f"target_tokens must be in [0, {vocab}) or ignore_index {ignore_index}, got {got} "
             f"at token {at // k} of {target_tokens.shape[0]}"
         )
+
+
+def values(problem: Problem, validate: bool, *, look_at_targets: bool) -> None:
+    """What a problem's tensors must not hold."""
+    if look_at_targets:
+        targets_in_range(problem.targets.tokens, problem.vocab, problem.targets.ignore_index)
+    if validate:
+        inputs = zip(problem.objective.columns, problem.inputs, strict=True)
+        values_in_range({"temperature": problem.transform.temperature, **dict(inputs)})
 
 
 def values_in_range(columns: Mapping[str, Column | None]) -> None:

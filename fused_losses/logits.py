@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ from . import checks
 from .backends import Backend, resolve
 from .backends.rows import rows
 from .problem import BackendName, Coefficients, Problem, Stats, Targets, Transform
-from .stages import Forward
+from .stages import Forward, Ways
+
+if TYPE_CHECKING:
+    from .vocab_shard import Layout
 
 
 class Logits(NamedTuple):
@@ -20,8 +23,14 @@ class Logits(NamedTuple):
     backend: BackendName
     inplace: bool = False
     validate: bool = False
+    layout: Layout | None = None  # of a vocabulary that is sharded
 
-    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def ways(self) -> Ways:
+        return Ways()
+
+    def loss_and_grad(
+        self, inputs: tuple[Tensor, ...], problem: Problem
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         (logits,) = inputs
         backend = self._ready(logits, problem)
         if self.inplace:
@@ -48,25 +57,26 @@ class Logits(NamedTuple):
         stats: Stats,
         coefficients: Coefficients,
         upstream: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         (logits,) = inputs
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        backend = resolve(self.backend, logits.device)
-        backend.grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
+        self._backend(logits).grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
         return (gradient,)
 
-    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+    def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:
         (gradient,) = gradients
-        resolve(self.backend, gradient.device).scale(gradient, upstream)
+        assert gradient is not None
+        self._backend(gradient).scale(gradient, upstream)
+
+    def _backend(self, logits: Tensor) -> Backend:
+        backend = resolve(self.backend, logits.device)
+        return backend if self.layout is None else self.layout.over(backend)
 
     def _ready(self, logits: Tensor, problem: Problem) -> Backend:
         """The backend, once the values it must not meet have been looked for, where that is free or asked for."""
-        backend = resolve(self.backend, logits.device)
-        if self.validate or (logits.is_cpu and not backend.looks_at_targets):
-            checks.targets_in_range(problem.targets.tokens, problem.vocab, problem.targets.ignore_index)
-        if self.validate:
-            inputs = zip(problem.objective.columns, problem.inputs, strict=True)
-            checks.values_in_range({"temperature": problem.transform.temperature, **dict(inputs)})
+        backend = self._backend(logits)
+        look = self.validate or (logits.is_cpu and not backend.looks_at_targets)
+        checks.values(problem, self.validate, look_at_targets=look)
         return backend
 
 

@@ -31,7 +31,7 @@ from .problem import (
     logprobs_shape,
     stats_shape,
 )
-from .stages import Forward
+from .stages import Forward, Ways
 
 _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
@@ -134,6 +134,7 @@ def _opened(arguments: Sequence[Any]) -> tuple[Problem, BackendName, bool]:
 def _loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend, validate = _opened(arguments)
     loss, logprobs, (gradient,) = Logits(backend, False, validate).loss_and_grad((logits,), problem)
+    assert gradient is not None
     return loss, logprobs, gradient
 
 
@@ -170,6 +171,7 @@ def _grad(
         Coefficients(coefficients),
         upstream,
     )
+    assert gradient is not None
     return gradient
 
 
@@ -247,7 +249,12 @@ class Watched(NamedTuple):
     inplace: bool = False
     validate: bool = False
 
-    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def ways(self) -> Ways:
+        return Ways()
+
+    def loss_and_grad(
+        self, inputs: tuple[Tensor, ...], problem: Problem
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         (logits,) = inputs
         arguments = encode(problem, self.backend, self.validate)
         if self.inplace:
@@ -273,7 +280,7 @@ class Watched(NamedTuple):
         stats: Stats,
         coefficients: Coefficients,
         upstream: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         (logits,) = inputs
         temperature = transform.temperature
         given = isinstance(temperature, Tensor)
@@ -290,6 +297,7 @@ class Watched(NamedTuple):
         )
         return (gradient,)
 
-    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+    def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:
         (gradient,) = gradients
+        assert gradient is not None
         _operators.scale(gradient, upstream, self.backend)

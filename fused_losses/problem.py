@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from .objectives import Objective
 
 Column = Tensor | float  # a number, or one per token: float32 of shape (N,) and any stride, 0 included
+Selection = slice | Tensor  # some of the tokens: a span, or their int64 indices
 
 KlType = Literal["k1", "k2", "k3", "abs"]
 ReductionName = Literal["mean", "sum", "none"]
 BackendName = Literal["auto", "cuda", "triton", "cpu", "eager"]
 RatioGradient = Literal["token", "sequence"]
+
+
+def of_rows(column: Column, tokens: Selection) -> Column:
+    return column[tokens] if isinstance(column, Tensor) else column
 
 
 # ---- What a caller says ----
@@ -32,6 +37,9 @@ class Transform(NamedTuple):
     temperature: Column = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
+
+    def rows(self, tokens: Selection) -> Transform:
+        return self._replace(temperature=of_rows(self.temperature, tokens))
 
 
 class Reduction(NamedTuple):
@@ -84,6 +92,10 @@ class Targets(NamedTuple):
         """K"""
         return 1 if self.shares is None else self.tokens.shape[1]
 
+    def rows(self, tokens: Selection) -> Targets:
+        shares = None if self.shares is None else self.shares[tokens]
+        return Targets(self.tokens[tokens], self.ignore_index, shares)
+
 
 class Terms(NamedTuple):
     """What a token's loss has beside its objective: see terms.py."""
@@ -111,6 +123,15 @@ class Terms(NamedTuple):
             and importance == 1.0
         )
 
+    def rows(self, tokens: Selection) -> Terms:
+        return self._replace(
+            importance_weights=of_rows(self.importance_weights, tokens),
+            ref_logprobs=of_rows(self.ref_logprobs, tokens),
+            kl_coef=of_rows(self.kl_coef, tokens),
+            entropy_coef=of_rows(self.entropy_coef, tokens),
+            log_ratio_clamp=of_rows(self.log_ratio_clamp, tokens),
+        )
+
 
 class Problem(NamedTuple):
     """All that is asked of N rows of logits, wherever these come from."""
@@ -128,6 +149,16 @@ class Problem(NamedTuple):
     @property
     def n(self) -> int:
         return self.targets.tokens.shape[0]
+
+    def rows(self, tokens: Selection) -> Problem:
+        """What is asked of some of the rows. The denominator stays, and has to be known: it is that of all."""
+        return self._replace(
+            targets=self.targets.rows(tokens),
+            transform=self.transform.rows(tokens),
+            weights=of_rows(self.weights, tokens),
+            inputs=tuple(of_rows(column, tokens) for column in self.inputs),
+            terms=self.terms.rows(tokens),
+        )
 
     @property
     def plain(self) -> bool:

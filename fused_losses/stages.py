@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import checks
 from .problem import Coefficients, Problem, Stats, Targets, Transform
+from .terms import times
 
 
 class Forward(NamedTuple):
@@ -27,12 +28,23 @@ class Forward(NamedTuple):
     stats: Stats
 
 
+class Ways(NamedTuple):
+    """What a source can do other than in two phases."""
+
+    one_pass: bool = True  # make the gradient in forward, for a loss that is reduced
+    row_by_row: bool = False  # and for one that is not: what a token's upstream gradient multiplies is one row
+
+
 class Source(Protocol):
     """Where logits come from. A source holds no tensor: ``inputs`` are those that it makes the logits of, and that get
     a gradient; autograd has to see them on their own."""
 
-    def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """(loss, logprobs, a gradient for each input)"""
+    def ways(self) -> Ways: ...
+
+    def loss_and_grad(
+        self, inputs: tuple[Tensor, ...], problem: Problem
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """(loss, logprobs, a gradient for each input, or None for one that wants none)"""
 
     def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward: ...
 
@@ -44,11 +56,18 @@ class Source(Protocol):
         stats: Stats,
         coefficients: Coefficients,
         upstream: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """A gradient for each input. upstream: (N,) float32."""
+    ) -> tuple[Tensor | None, ...]:
+        """A gradient for each input, or None. upstream: (N,) float32."""
 
-    def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
+    def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:
         """Multiply finished gradients by a 0-d float32."""
+
+
+class RowByRowSource(Source, Protocol):
+    """One whose first input has a row per token, and whose others want no gradient."""
+
+    def losses_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """(a loss per token, logprobs, the gradient of the first input for upstream gradients of 1)"""
 
 
 def run(
@@ -58,9 +77,12 @@ def run(
     if not wants_gradient(inputs):
         seen = source.forward(inputs, problem, reduce)
         return seen.loss, seen.logprobs
-    if recompute or not reduce:
-        return TwoPhase.apply(source, problem, reduce, *inputs)
-    return OnePass.apply(source, problem, *inputs)
+    ways = source.ways()
+    if reduce and ways.one_pass and not recompute:
+        return OnePass.apply(source, problem, *inputs)
+    if not reduce and ways.row_by_row and not recompute:
+        return RowByRow.apply(source, problem, *inputs)
+    return TwoPhase.apply(source, problem, reduce, *inputs)
 
 
 def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
@@ -111,8 +133,33 @@ class OnePass(torch.autograd.Function):
         if upstream is None:
             return None, None, *(None for _ in gradients)
         ctx.gradients = None
-        ctx.source.scale(gradients, _float32(upstream, gradients[0]))
+        made = next(gradient for gradient in gradients if gradient is not None)
+        ctx.source.scale(gradients, _float32(upstream, made))
         return None, None, *gradients
+
+
+class RowByRow(torch.autograd.Function):
+    """apply(source, problem, *inputs) -> (losses, logprobs): the gradient is made in forward, and each of its rows
+    multiplied in backward, which may run again."""
+
+    @staticmethod
+    def forward(ctx: Any, source: RowByRowSource, problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        losses, logprobs, gradient = source.losses_and_grad(inputs, problem)
+        ctx.save_for_backward(gradient)
+        ctx.others = len(inputs) - 1
+        ctx.mark_non_differentiable(logprobs)
+        ctx.set_materialize_grads(False)
+        return losses, logprobs
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        others = (None for _ in range(ctx.others))
+        if upstream is None:
+            return None, None, None, *others
+        (gradient,) = ctx.saved_tensors
+        rows = _float32(upstream, gradient).reshape(*gradient.shape[:-1], 1)
+        return None, None, times(rows, gradient).to(gradient.dtype), *others
 
 
 class TwoPhase(torch.autograd.Function):
@@ -172,7 +219,7 @@ class _Kept(NamedTuple):
     stats: Stats
     coefficients: Coefficients
 
-    def gradient(self, coefficients: Coefficients, upstream: Tensor) -> tuple[Tensor, ...]:
+    def gradient(self, coefficients: Coefficients, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return self.source.grad(self.inputs, self.targets, self.transform, self.stats, coefficients, upstream)
 
 
@@ -194,9 +241,9 @@ def _kept(ctx: Any) -> _Kept:
     return _Kept(ctx.source, tuple(inputs), targets, transform, Stats(stats), Coefficients(coefficients))
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> list[int] | None:
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
     # a graph that is being traced has its own order of what modifies a tensor
-    return None if torch.compiler.is_compiling() else [tensor._version for tensor in tensors]
+    return None if torch.compiler.is_compiling() else [t._version for t in tensors if t is not None]
 
 
 def _float32(upstream: Tensor, beside: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def grad(
             whole = over_targets(share, ROW)
             valid = in_vocab(target, vocab)
             if not ROW.plain:
-                outside = (share != 0) & (valid == 0)
-                whole = tl.where(is_any(outside, ROW), float("nan"), whole)  # and so is the row
+                nowhere = (share != 0) & (target_y != target_y)
+                whole = tl.where(is_any(nowhere, ROW), float("nan"), whole)  # and so is the row
             dense = dense_factors(by, whole, softmax, inverse_t, ROW)
             y = squash(load_tile(source + columns, inside, "evict_first"), inverse_cap, ROW)
             tl.store(destination + columns, dense_gradient(y, top, scale, dense, ROW), mask=inside)

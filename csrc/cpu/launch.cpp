@@ -72,8 +72,11 @@ void nothing_seen(const LogprobsTable& logprobs, bool plain, int64_t row) {
 }
 
 // Before a kernel writes anything: on a host tensor that costs nothing, and NaN would tell less. As
-// fused_losses/checks.py says it.
-void refuse_targets_outside(const Targets& targets, int64_t n, int64_t vocab) {
+// fused_losses/checks.py says it. Rows that have a part of the vocabulary have a part of the targets.
+void refuse_targets_outside(const Problem& problem, const Rows& logits) {
+    const Targets& targets = problem.targets;
+    const int64_t n = logits.n, vocab = logits.vocab;
+    if (vocab != problem.vocab) return;
     for (int64_t i = 0; i < n * targets.num; ++i) {
         const int64_t target = targets.at(i);
         if ((0 <= target && target < vocab) || target == targets.ignore_index) continue;
@@ -162,7 +165,7 @@ void grad_row(const GradParams& p, int64_t row) {
 
 void launch(const LossAndGradParams& p, uintptr_t stream) {
     if (p.averages) launch(p.normaliser(), stream);
-    cpu::refuse_targets_outside(p.problem.targets, p.logits.n, p.problem.vocab);
+    cpu::refuse_targets_outside(p.problem, p.logits);
     cpu::for_type(p.logits.dtype, [&](auto type) {
         using T = decltype(type);
         if (p.grad.data != p.logits.data) cpu::expect_huge_pages<T>(p.grad);
@@ -175,7 +178,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
 }
 
 void launch(const StatsParams& p, uintptr_t) {
-    cpu::refuse_targets_outside(p.problem.targets, p.logits.n, p.problem.vocab);
+    cpu::refuse_targets_outside(p.problem, p.logits);
     cpu::for_type(p.logits.dtype, [&](auto type) {
         using T = decltype(type);
         cpu::for_each_row(p.logits.n, p.logits.vocab, [&](int64_t row) {

@@ -138,8 +138,8 @@ class TermsRow {
             const int64_t k = order[i], j = token(k);
             float share = 0.f;
             for (; i < order.size() && token(order[i]) == j; ++i) share += targets_.share(row_, order[i]);
-            if (j < 0 || j >= vocab)
-                return fill(grad, vocab, NAN);  // whatever the coefficients, which need not be ours
+            // nowhere: NaN whatever the coefficients, which need not be ours
+            if (scratch_.logits[k] != scratch_.logits[k]) return fill(grad, vocab, NAN);
             const float own = target_gradient(by, share, whole, target(softmax, k), mean);
             store_target(grad, j, vocab, own * unit_ * functions<T>().level_slope(scratch_.logits[k], softcap_));
         }

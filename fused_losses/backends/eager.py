@@ -42,7 +42,7 @@ class Eager:
 
     def normaliser(self, problem: Problem) -> Tensor:
         """0-d: what a mean divides by."""
-        active = _active(problem)
+        active = active_rows(problem)
         weights = constant(problem.weights, problem.targets.tokens.new_empty(0, dtype=torch.float32))
         return weights.expand_as(active).where(active, 0.0).double().sum().float()
 
@@ -53,13 +53,16 @@ class Eager:
         return loss, logprobs
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
-        x = logits.reshape(-1, logits.shape[-1]).float()
+        x = _wide(logits.reshape(-1, logits.shape[-1]))
         targets, terms = _matrix(problem.targets), problem.terms
         outside = (targets < 0) | (targets >= x.shape[1])
         inside = targets.masked_fill(outside, 0).long()
         target = x.gather(1, inside).masked_fill(outside, torch.nan)
         single = targets.shape[1] == 1
-        others = x.scatter(1, inside, -torch.inf) if single else x
+        # a target that is elsewhere leaves nothing out
+        at = targets.long().masked_fill(outside, x.shape[1])
+        nothing = torch.full_like(target, -torch.inf)
+        others = _with_targets(x, at, nothing) if single else x
         maximum = others.amax(-1).clamp(min=_FLOAT_MIN)
         if single:  # where the target has all the mass: (finite - -FLT_MAX) / T would overflow
             maximum = maximum.where((others > -torch.inf).any(-1), target[:, 0])
@@ -68,14 +71,14 @@ class Eager:
         z = _capped(x, problem.transform)
         distance = (z - top) * unit
         # the target again, as a softcap makes -inf finite
-        shown = distance.scatter(1, inside, -torch.inf) if single else distance
+        shown = _with_targets(distance, at, nothing) if single else distance
         e = torch.exp(shown)
         rows = [maximum, _row_sums(e), *target.unbind(1)]
         if not problem.plain:
             zero = torch.zeros_like(maximum)
             rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
             rows.append(_row_sums(distance) if terms.label_smoothing != 0 else zero)
-        read = _reads(problem)
+        read = rows_to_read(problem)
         return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
@@ -83,7 +86,7 @@ class Eager:
         like = stats.maximum
         entropy_asked = not problem.plain and terms.entropy
         softmax = _softmax(stats, problem.targets, transform, entropy_asked)
-        read, active = _reads(problem), _active(problem)
+        read, active = rows_to_read(problem), active_rows(problem)
         tokens = _matrix(problem.targets).T
         given = tokens != problem.targets.ignore_index
         logp = softmax.logprobs.where(given & read, 0.0)
@@ -126,7 +129,7 @@ class Eager:
             return losses, logprobs, Coefficients(coefficients)
         total = losses.double().sum()
         nothing = (total == 0) & (denominator == 0)  # no active token: 0, not 0 / 0
-        return (total / denominator).masked_fill(nothing, 0.0).float(), logprobs, Coefficients(coefficients)
+        return (total / denominator).masked_fill(nothing, 0.0).to(like.dtype), logprobs, Coefficients(coefficients)
 
     def grad(
         self,
@@ -138,11 +141,11 @@ class Eager:
         upstream: Column,
         gradient: Tensor,
     ) -> None:
-        x = logits.reshape(-1, logits.shape[-1]).float()
+        x = _wide(logits.reshape(-1, logits.shape[-1]))
         vocab = x.shape[1]
         tokens = _matrix(targets)
         outside = (tokens < 0) | (tokens >= vocab)
-        shares = torch.ones_like(tokens, dtype=torch.float32) if targets.shares is None else targets.shares
+        shares = torch.ones_like(tokens, dtype=x.dtype) if targets.shares is None else targets.shares
         counts = shares != 0
         # what has no element of its own goes to a column beside the vocabulary
         at = tokens.where(counts & ~outside, vocab).long()
@@ -166,7 +169,9 @@ class Eager:
         slope = unit
         if transform.softcap is not None:
             slope = slope * (1 - torch.tanh(x / transform.softcap) ** 2)
-        rows = (rows * slope).masked_fill((outside & counts).any(1, keepdim=True), torch.nan)
+        # a target that is nowhere, whose logit is NaN; one that another part of the vocabulary has is none
+        nowhere = (stats.targets.T.isnan() & counts).any(1, keepdim=True)
+        rows = (rows * slope).masked_fill(nowhere, torch.nan)
         gradient.copy_(rows.where((by != 0).any(0)[:, None], 0.0).view(gradient.shape))
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> None:
@@ -197,6 +202,11 @@ def _softmax(stats: Stats, targets: Targets, transform: Transform, with_mean: bo
     return Softmax(lead, behind[None], total, log_total, moment / total, (own / total)[None], (rest / total)[None])
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """In the precision of all that follows: float32, or float64 where the logits are."""
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
 def _with_targets(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
     """``rows`` with the elements ``at`` replaced; those beside the vocabulary are dropped."""
     return torch.nn.functional.pad(rows, (0, 1)).scatter(1, at, values)[:, :-1]
@@ -207,15 +217,15 @@ def _matrix(targets: Targets) -> Tensor:
     return targets.tokens if targets.shares is not None else targets.tokens[:, None]
 
 
-def _active(problem: Problem) -> Tensor:
+def active_rows(problem: Problem) -> Tensor:
     given = (_matrix(problem.targets) != problem.targets.ignore_index).any(1)
     return given & _is_nonzero(problem.weights, given)
 
 
-def _reads(problem: Problem) -> Tensor:
+def rows_to_read(problem: Problem) -> Tensor:
     """Tokens of weight 0 are read only for their logprob, ignored ones never."""
     if not problem.all_logprobs:
-        return _active(problem)
+        return active_rows(problem)
     return (_matrix(problem.targets) != problem.targets.ignore_index).any(1)
 
 

@@ -1,0 +1,307 @@
+"""Logits of which each rank has some columns, as an origin: every stage on what is here, and one collective between.
+
+A row's statistics are sums relative to a maximum, so those of its parts can be put together: each rank gathers all
+ranks' few numbers per token, and forms the same row statistics from them, to the bit. The objective then works on each
+rank alike, and each writes the gradient of its own columns: no collective in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checks
+from .backends import Backend
+from .backends.eager import rows_to_read
+from .logits import Logits
+from .origin import Origin
+from .problem import Coefficients, Column, Problem, Stats, Targets, Transform
+
+if TYPE_CHECKING:
+    from .objectives import Objective
+    from .problem import How
+    from .stages import Source
+
+_NOWHERE = -2  # a target that another rank has
+_IGNORED = -1
+# torch 2.13 renamed it, and warns of the old name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class VocabShard(Origin):
+    """Logits whose vocabulary is sharded over a process group: what this rank has of them.
+
+    Args:
+        local_logits: (..., C) float32, bfloat16 or float16: columns ``vocab_start`` to ``vocab_start + C`` of the
+            logits. Every rank has the same tokens. float64 with ``backend="eager"`` only.
+        group: the process group that the vocabulary is sharded over; None is the default group.
+        vocab_start: the first of the columns that are here.
+        vocab_size: the number of classes. Columns from there on are padding: they take no part, and their gradient is
+            0.
+
+    All ranks of the group have to call a loss, with the same targets, inputs and options; each gets the same loss, and
+    the gradient of its own columns. Backward communicates nothing: the upstream gradient is taken to be the same on all
+    ranks. Forward gathers 12 bytes per token and rank, with terms at most 32.
+
+    The first call with a group and a layout compares what the ranks say of it, on the host.
+
+    Raises:
+        ValueError: the parts overlap, leave out a class, or differ in what the number of classes is; one has no column.
+        TypeError: not a tensor, or of a dtype that is not taken.
+    """
+
+    def __init__(self, local_logits: Tensor, group: dist.ProcessGroup | None, vocab_start: int, vocab_size: int):
+        self.local_logits = local_logits
+        self.group = group
+        self.vocab_start = vocab_start
+        self.vocab_size = vocab_size
+
+    def checked(self) -> VocabShard:
+        local = checks.dense("local_logits", self.local_logits, (*checks.LOGITS_DTYPES, torch.float64))
+        return VocabShard(local, self.group, self.vocab_start, self.vocab_size)
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size((*self.local_logits.shape[:-1], self.vocab_size))
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.local_logits.device
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return (self.local_logits,)
+
+    def source(self, how: How) -> Source:
+        local = self.local_logits
+        if local.dtype is torch.float64 and how.backend != "eager":
+            raise TypeError(f'local_logits in float64 need backend="eager", got backend={how.backend!r}')
+        layout = layout_of(self.group, self.vocab_start, local.shape[-1], self.vocab_size)
+        return Logits(how.backend, how.inplace, how.validate, layout)
+
+    def overwritten(self) -> Tensor:
+        return self.local_logits
+
+
+def of_dtensor(logits: Any) -> Any:
+    """A VocabShard of a DTensor whose vocabulary one dimension of its mesh shards. Its other dimensions may shard the tokens: a loss
+    is of those that are here. One whose rows are whole stays what it is."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = logits.placements
+    tokens = [p for p in placements if type(p) is Replicate or (type(p) is Shard and p.dim != logits.dim() - 1)]
+    over = [i for i, placement in enumerate(placements) if placement == Shard(logits.dim() - 1)]
+    if len(tokens) == len(placements):
+        return logits
+    if len(over) != 1 or len(over) + len(tokens) != len(placements):
+        raise ValueError(
+            "logits must be a plain tensor, or a DTensor whose vocabulary one dimension of the mesh places by "
+            f"Shard(-1), others being Shard or Replicate; got one with placements {placements}"
+        )
+    mesh, size = logits.device_mesh, logits.shape[-1]
+    columns = -(-size // mesh.size(over[0]))  # as torch.chunk deals them
+    start = min(columns * mesh.get_local_rank(over[0]), size)
+    return VocabShard(logits.to_local(), mesh.get_group(over[0]), start, size)
+
+
+# ---- Which rank has which columns ----
+
+
+class Layout(NamedTuple):
+    group: dist.ProcessGroup
+    rank: int
+    starts: tuple[int, ...]  # by rank; each part ends where the next one starts, or at the number of classes
+    ends: tuple[int, ...]
+    widest: int  # columns of the widest part, padding included
+
+    @property
+    def here(self) -> int:
+        """How many classes this rank has."""
+        return self.ends[self.rank] - self.starts[self.rank]
+
+    def over(self, backend: Backend) -> Sharded:
+        return Sharded(backend, self)
+
+
+class _Said(NamedTuple):
+    """What a rank says of its part."""
+
+    start: int
+    width: int
+    vocab_size: int
+    wrong: str | None
+
+
+def layout_of(group: dist.ProcessGroup | None, start: int, width: int, vocab_size: int) -> Layout:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group: torch.distributed is not initialised; call init_process_group first")
+    return _layout(dist.group.WORLD if group is None else group, start, width, vocab_size)
+
+
+@lru_cache(maxsize=256)
+def _layout(group: Any, start: int, width: int, vocab_size: int) -> Layout:
+    """Asked once: a collective, after which all ranks know the same and raise alike."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: this rank is not one of it")
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, _Said(start, width, vocab_size, _wrong(start, width, vocab_size)), group)
+    _agree(said)
+    ends = tuple(min(part.start + part.width, part.vocab_size) for part in said)
+    return Layout(group, rank, tuple(part.start for part in said), ends, max(part.width for part in said))
+
+
+def _wrong(start: object, width: int, vocab_size: object) -> str | None:
+    for name, value in (("vocab_start", start), ("vocab_size", vocab_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            return f"{name} must be an integer, got {type(value).__name__}"
+    assert isinstance(start, int) and isinstance(vocab_size, int)
+    if start < 0 or vocab_size <= 0:
+        return f"vocab_start must be at least 0 and vocab_size greater than 0, got {start} and {vocab_size}"
+    if width == 0 or start >= vocab_size:
+        return (
+            f"a part without any class: columns {start} to {start + width} of vocab_size {vocab_size}. "
+            "Every rank of the group needs one"
+        )
+    return None
+
+
+def _agree(said: Sequence[_Said]) -> None:
+    for rank, part in enumerate(said):
+        if part.wrong is not None:
+            raise ValueError(f"rank {rank} of the group: {part.wrong}")
+    sizes = [part.vocab_size for part in said]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"vocab_size must be the same on all ranks of the group, got {sizes}")
+    listed = ", ".join(f"rank {r}: [{part.start}, {part.start + part.width})" for r, part in enumerate(said))
+    reached = 0
+    for part in sorted(said):
+        if part.start != reached:
+            what = "overlap" if part.start < reached else "leave a gap"
+            raise ValueError(f"vocab_start: the parts of the vocabulary {what} at column {part.start}: {listed}")
+        reached = part.start + part.width
+    if reached < sizes[0]:
+        raise ValueError(f"vocab_size is {sizes[0]}, but the parts of the group's ranks end at {reached}: {listed}")
+
+
+# ---- The stages over what is here ----
+
+
+class Sharded:
+    """A :class:`backends.Backend` over another: its stages on the columns that are here, for rows that all ranks
+    share."""
+
+    looks_at_targets = False
+
+    def __init__(self, backend: Backend, layout: Layout):
+        self.backend = backend
+        self.layout = layout
+
+    def unusable(self, device: torch.device) -> str | None:
+        return self.backend.unusable(device)
+
+    def runs(self, objective: Objective) -> bool:
+        return self.backend.runs(objective)
+
+    def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        stats = self.stats(logits, problem)
+        loss, logprobs, coefficients = self.objective(stats, problem, True)
+        self.grad(logits, problem.targets, problem.transform, stats, coefficients, 1.0, gradient)
+        return loss, logprobs
+
+    def stats(self, logits: Tensor, problem: Problem) -> Stats:
+        here = problem._replace(targets=self._targets(problem.targets))
+        table = self.backend.stats(logits[..., : self.layout.here], here).table
+        ranks, (numbers, n) = len(self.layout.starts), table.shape
+        parts = table.new_empty(ranks * numbers, n)
+        try:
+            _all_gather(parts, table, self.layout.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.layout.rank} of a vocabulary's group gathered statistics of {n} tokens, and "
+                f"another rank did not take part, or with another number of tokens: {error}"
+            ) from error
+        return joined(parts.view(ranks, numbers, n), problem, self.layout)
+
+    def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
+        return self.backend.objective(stats, problem, reduce)
+
+    def grad(
+        self,
+        logits: Tensor,
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Column,
+        gradient: Tensor,
+    ) -> None:
+        here = self.layout.here
+        local, padding = gradient[..., :here], gradient[..., here:]
+        targets = self._targets(targets)
+        self.backend.grad(logits[..., :here], targets, transform, stats, coefficients, upstream, local)
+        padding.zero_()
+
+    def scale(self, gradient: Tensor, upstream: Tensor) -> None:
+        self.backend.scale(gradient, upstream)
+
+    def _targets(self, targets: Targets) -> Targets:
+        """As columns of what is here."""
+        tokens, first = targets.tokens, self.layout.starts[self.layout.rank]
+        outside = (tokens < first) | (tokens >= first + self.layout.here)
+        local = (tokens - first).masked_fill(outside, _NOWHERE)
+        local = local.masked_fill(tokens == targets.ignore_index, _IGNORED)
+        return Targets(local, _IGNORED, targets.shares)
+
+
+def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
+    """The statistics of whole rows, from those (R, ., N) of their parts. In float64, which costs nothing at N numbers.
+
+    Relative to M, the largest of the parts' maxima M_r, a part's sums grow by delta_r = z(M_r) - z(M):
+
+        sum_j e^d_j         e^delta_r S_r
+        sum_j e^d_j d_j     e^delta_r (moment_r + delta_r S_r)
+        sum_j d_j           drift_r + C_r delta_r
+    """
+    stats = Stats(parts.double().transpose(0, 1))  # a number: (R, N)
+    single = problem.targets.num == 1
+    target = _targets_logits(parts, problem.targets, layout)
+    empty = stats.sum == 0
+    lowest = torch.finfo(torch.float32).min
+    maximum = stats.maximum.masked_fill(empty, lowest).amax(0)
+    if single:  # no mass but its own
+        maximum = torch.where(empty.all(0), target[0].double(), maximum)
+    delta = _z(stats.maximum, problem.transform) - _z(maximum, problem.transform)
+    grown = torch.exp(delta).masked_fill(empty, 0.0)
+    rows = [maximum, (grown * stats.sum).sum(0), *target]
+    if not problem.plain:
+        terms = problem.terms
+        moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0))
+        columns = delta.new_tensor([b - a for a, b in zip(layout.starts, layout.ends, strict=True)])[:, None]
+        rows.append(moment.sum(0) if terms.entropy else torch.zeros_like(maximum))
+        rows.append((stats.drift + columns * delta).sum(0) if terms.label_smoothing != 0 else torch.zeros_like(maximum))
+    table = torch.stack([row.to(parts.dtype) for row in rows])
+    return Stats(table.where(rows_to_read(problem), 0.0))
+
+
+def _targets_logits(parts: Tensor, targets: Targets, layout: Layout) -> Tensor:
+    """(K, N): each from the rank that has it; NaN where none does."""
+    tokens = targets.tokens if targets.tokens.dim() == 2 else targets.tokens[:, None]
+    found = torch.full(tokens.T.shape, torch.nan, dtype=parts.dtype, device=parts.device)
+    for part, first, end in zip(parts, layout.starts, layout.ends, strict=True):
+        here = ((tokens >= first) & (tokens < end)).T
+        found = torch.where(here, part[2 : 2 + tokens.shape[1]], found)
+    return found
+
+
+def _z(logits: Tensor, transform: Transform) -> Tensor:
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits / transform.temperature
