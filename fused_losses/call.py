@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, composition, ops, stages
 from .backends import resolve, unusable
 from .composition import Columns, PerToken
+from .head import Head
 from .logits import Logits
 from .objectives import OBJECTIVES, Objective
 from .origin import Origin
@@ -186,16 +187,11 @@ def logprobs(
         vocab=logits.shape[-1],
         all_logprobs=False,
     )
-    source = _source(logits, problem, How(backend=checks.backend(backend)))
+    how = How(backend=checks.backend(backend))
     if not return_entropy:
-        logp, _ = stages.run(source, _made_of(logits), problem, reduce=False, recompute=False)
+        logp, _ = _in_a_graph_or_not(logits, _stages)(logits, problem, how, False)
         return logp.view(target_tokens.shape)
-    inputs = _made_of(logits)
-    if stages.wants_gradient(inputs):
-        logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, *inputs)
-    else:
-        seen = Logprobs(source.forward(inputs, problem, False).logprobs)
-        logp, entropy = seen.targets(), seen.entropy()
+    logp, entropy = _in_a_graph_or_not(logits, _logprobs_and_entropy)(logits, problem, how)
     return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
 
 
@@ -238,12 +234,13 @@ def _run(
     checks.backend(how.backend)
     reduce = reduction.reduction != "none"
     if how.inplace:
+        if isinstance(logits, Origin):
+            logits.overwritten()
         if stages.wants_gradient(_made_of(logits)):
             checks.inplace(logits, reduction.reduction, how.recompute)
         else:  # forward only, which writes nothing
             how = how._replace(inplace=False)
-    source = _source(logits, problem, how)
-    loss, table = stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute)
+    loss, table = _in_a_graph_or_not(logits, _stages)(logits, problem, how, reduce)
     if not reduce:
         loss = loss.view(logits.shape[:-1])
     if not how.return_outputs:
@@ -258,10 +255,37 @@ def _made_of(logits: Tensor | Origin) -> tuple[Tensor, ...]:
     return logits.inputs if isinstance(logits, Origin) else (logits,)
 
 
+def _stages(logits: Tensor | Origin, problem: Problem, how: How, reduce: bool) -> tuple[Tensor, Tensor]:
+    source = _source(logits, problem, how)
+    return stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute)
+
+
+def _logprobs_and_entropy(logits: Tensor | Origin, problem: Problem, how: How) -> tuple[Tensor, Tensor]:
+    source, inputs = _source(logits, problem, how), _made_of(logits)
+    if stages.wants_gradient(inputs):
+        return stages.LogprobsAndEntropy.apply(source, problem, *inputs)
+    seen = Logprobs(source.forward(inputs, problem, False).logprobs)
+    return seen.targets(), seen.entropy()
+
+
+_APART = "a fused loss of a vocabulary that is sharded, or with weight_grad, is in no graph"
+_APART_OF: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: torch.compiler.disable(function, reason=_APART) for function in (_stages, _logprobs_and_entropy)
+}
+
+
+def _in_a_graph_or_not(logits: Tensor | Origin, function: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(logits, Origin) and torch.compiler.is_compiling() and not logits.traced():
+        return _APART_OF[function]
+    return function
+
+
 def _source(logits: Tensor | Origin, problem: Problem, how: How) -> stages.Source:
+    watched = ops.watched(_made_of(logits), problem)
     if isinstance(logits, Origin):
-        return logits.source(how)
-    kind = ops.Watched if ops.watched(logits, problem) else Logits
+        source = logits.source(how)
+        return ops.WatchedHead(source) if watched and isinstance(source, Head) else source
+    kind = ops.Watched if watched else Logits
     return kind(how.backend, how.inplace, how.validate)
 
 

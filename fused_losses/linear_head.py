@@ -113,6 +113,9 @@ class LinearHead(Origin):
     def overwritten(self) -> Tensor:
         raise ValueError("inplace=True: a LinearHead has no logits to overwrite, and is in place on each chunk anyway")
 
+    def traced(self) -> bool:
+        return self.vocab_size is None and self.weight_grad is None
+
     def checked(self) -> LinearHead:
         weight = checks.parameter("weight", self.weight)
         hidden = checks.dense("hidden", self.hidden, checks.LOGITS_DTYPES, weight)

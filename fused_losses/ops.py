@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .head import Head
 from .logits import Logits
 from .objectives import OBJECTIVES
 from .problem import (
@@ -36,11 +37,11 @@ from .stages import Forward, Ways
 _KL_TYPES: tuple[KlType | None, ...] = (None, *get_args(KlType))
 
 
-def watched(logits: Tensor, problem: Problem) -> bool:
+def watched(made_of: tuple[Tensor, ...], problem: Problem) -> bool:
     """Whether a call has to come through here."""
     targets, terms = problem.targets, problem.terms
     columns = (problem.weights, problem.denominator, problem.transform.temperature, *problem.inputs, *terms[:5])
-    return checks.watched(logits, targets.tokens, targets.shares, *columns)
+    return checks.watched(*made_of, targets.tokens, targets.shares, *columns)
 
 
 # ---- The codec: a problem as what the dispatcher takes ----
@@ -117,6 +118,33 @@ def decode(encoded: Encoded) -> Problem:
         None if mean else denominator,
         vocab,
         bool(all_logprobs),
+    )
+
+
+_PRODUCTS = "Tensor hidden, Tensor weight, Tensor? bias, int[] head"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+
+
+def encode_head(head: Head) -> list[int]:
+    products, logits, sums = (_DTYPES.index(dtype) for dtype in (head.products, head.logits_dtype, head.sum_dtype))
+    return [head.rows, products, logits, sums, int(head.skip_masked), *map(int, head.needs)]
+
+
+def decode_head(numbers: Sequence[int], backend: BackendName, validate: bool) -> Head:
+    rows, products, logits, sums, skip_masked, *needs = numbers
+    return Head(
+        backend=backend,
+        validate=validate,
+        rows=rows,
+        products=_DTYPES[products],
+        logits_dtype=_DTYPES[logits],
+        sum_dtype=_DTYPES[sums],
+        weight_grad=None,
+        skip_masked=bool(skip_masked),
+        partial=False,
+        layout=None,
+        needs=tuple(map(bool, needs)),
     )
 
 
@@ -208,6 +236,108 @@ def _fake_scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:
     return None
 
 
+# Of a head. An input that wants no gradient has an empty one: operators have no optional results.
+
+
+def _given(inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in inputs if tensor is not None)
+
+
+def _filled(gradients: Sequence[Tensor | None], inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    # one for each: no two results may be one tensor
+    hidden, weight, *bias = (inputs[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return hidden, weight, bias[0] if bias else inputs[0].new_empty(0)
+
+
+def _head_loss_and_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, ...]:
+    problem, backend, validate = _opened(arguments)
+    inputs = hidden, weight, bias
+    loss, logprobs, gradients = decode_head(numbers, backend, validate).loss_and_grad(_given(inputs), problem)
+    return loss, logprobs, *_filled(gradients, inputs)
+
+
+def _head_losses_and_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem, backend, validate = _opened(arguments)
+    return decode_head(numbers, backend, validate).losses_and_grad(_given((hidden, weight, bias)), problem)
+
+
+def _head_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, reduce = arguments
+    problem, backend, validate = _opened(rest)
+    seen = decode_head(numbers, backend, validate).forward(_given((hidden, weight, bias)), problem, reduce)
+    return seen.loss, seen.logprobs, seen.coefficients.table, seen.stats.table
+
+
+def _head_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    numbers: Sequence[int],
+    target_tokens: Tensor,
+    shares: Tensor | None,
+    temperature: Tensor | None,
+    transform: Sequence[float],  # as _grad's
+    stats: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor, Tensor]:
+    number, softcap = transform
+    inputs = hidden, weight, bias
+    gradients = decode_head(numbers, backend, False).grad(
+        _given(inputs),
+        Targets(target_tokens, 0, shares),
+        Transform(number if temperature is None else temperature, softcap or None),
+        Stats(stats),
+        Coefficients(coefficients),
+        upstream,
+    )
+    return _filled(gradients, inputs)
+
+
+def _fake_gradients(inputs: Inputs, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    needs = decode_head(numbers, "auto", False).needs
+    given = [t.new_empty(t.shape) if needed else None for t, needed in zip(_given(inputs), needs, strict=True)]
+    return _filled(given, inputs)
+
+
+def _fake_head_loss_and_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, ...]:
+    seen = _fake_loss_and_grad_inplace(hidden, *arguments)
+    return *seen, *_fake_gradients((hidden, weight, bias), numbers)
+
+
+def _fake_head_losses_and_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, logprobs, _, _ = _fake_forward(hidden, *arguments, False)
+    return losses, logprobs, hidden.new_empty(hidden.shape)
+
+
+def _fake_head_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_forward(hidden, *arguments)
+
+
+def _fake_head_grad(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Sequence[int], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients((hidden, weight, bias), numbers)
+
+
+_GRAD = (
+    "Tensor target_tokens, Tensor? shares, Tensor? temperature, float[] numbers, Tensor stats, Tensor coefficients, "
+    "Tensor upstream, str backend"
+)
+
 for _schema, _function, _fake in (
     (
         f"loss_and_grad(Tensor logits, {_PROBLEM}) -> (Tensor loss, Tensor logprobs, Tensor grad)",
@@ -225,11 +355,28 @@ for _schema, _function, _fake in (
         _forward,
         _fake_forward,
     ),
+    (f"grad(Tensor logits, {_GRAD}) -> Tensor", _grad, _fake_grad),
     (
-        "grad(Tensor logits, Tensor target_tokens, Tensor? shares, Tensor? temperature, float[] numbers, Tensor stats, "
-        "Tensor coefficients, Tensor upstream, str backend) -> Tensor",
-        _grad,
-        _fake_grad,
+        f"head_loss_and_grad({_PRODUCTS}, {_PROBLEM}) "
+        "-> (Tensor loss, Tensor logprobs, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)",
+        _head_loss_and_grad,
+        _fake_head_loss_and_grad,
+    ),
+    (
+        f"head_losses_and_grad({_PRODUCTS}, {_PROBLEM}) -> (Tensor losses, Tensor logprobs, Tensor hidden_grad)",
+        _head_losses_and_grad,
+        _fake_head_losses_and_grad,
+    ),
+    (
+        f"head_forward({_PRODUCTS}, {_PROBLEM}, bool reduce) "
+        "-> (Tensor loss, Tensor logprobs, Tensor coefficients, Tensor stats)",
+        _head_forward,
+        _fake_head_forward,
+    ),
+    (
+        f"head_grad({_PRODUCTS}, {_GRAD}) -> (Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)",
+        _head_grad,
+        _fake_head_grad,
     ),
     ("scale(Tensor(a!) gradient, Tensor upstream, str backend) -> ()", _scale, _fake_scale),
 ):
@@ -239,7 +386,12 @@ for _schema, _function, _fake in (
     torch.library.register_fake(f"fused_losses::{_name}", _fake, lib=_library)
 
 
-# ---- The source that calls them ----
+# ---- The sources that call them ----
+
+
+def _encoded_transform(transform: Transform) -> tuple[Tensor | None, list[float]]:
+    temperature, softcap = transform.temperature, transform.softcap or 0.0
+    return (temperature, [1.0, softcap]) if isinstance(temperature, Tensor) else (None, [temperature, softcap])
 
 
 class Watched(NamedTuple):
@@ -282,14 +434,11 @@ class Watched(NamedTuple):
         upstream: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (logits,) = inputs
-        temperature = transform.temperature
-        given = isinstance(temperature, Tensor)
         gradient = _operators.grad(
             logits,
             targets.tokens,
             targets.shares,
-            temperature if given else None,
-            [1.0 if given else temperature, transform.softcap or 0.0],
+            *_encoded_transform(transform),
             stats.table,
             coefficients.table,
             upstream,
@@ -301,3 +450,64 @@ class Watched(NamedTuple):
         (gradient,) = gradients
         assert gradient is not None
         _operators.scale(gradient, upstream, self.backend)
+
+
+class WatchedHead(NamedTuple):
+    """A :class:`stages.Source`, as the head is that it holds, by way of the operators."""
+
+    head: Head
+
+    def ways(self) -> Ways:
+        return self.head.ways()
+
+    def loss_and_grad(
+        self, inputs: tuple[Tensor, ...], problem: Problem
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        loss, logprobs, *gradients = _operators.head_loss_and_grad(*self._arguments(inputs), *self._problem(problem))
+        return loss, logprobs, self._wanted(gradients)
+
+    def losses_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        losses, logprobs, gradient = _operators.head_losses_and_grad(*self._arguments(inputs), *self._problem(problem))
+        return losses, logprobs, gradient
+
+    def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward:
+        loss, logprobs, coefficients, stats = _operators.head_forward(
+            *self._arguments(inputs), *self._problem(problem), reduce
+        )
+        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats))
+
+    def grad(
+        self,
+        inputs: tuple[Tensor, ...],
+        targets: Targets,
+        transform: Transform,
+        stats: Stats,
+        coefficients: Coefficients,
+        upstream: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        gradients = _operators.head_grad(
+            *self._arguments(inputs),
+            targets.tokens,
+            targets.shares,
+            *_encoded_transform(transform),
+            stats.table,
+            coefficients.table,
+            upstream,
+            self.head.backend,
+        )
+        return self._wanted(gradients)
+
+    def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:
+        for gradient in gradients:
+            if gradient is not None:
+                _operators.scale(gradient, upstream, self.head.backend)
+
+    def _arguments(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        hidden, weight, *bias = inputs
+        return hidden, weight, bias[0] if bias else None, encode_head(self.head)
+
+    def _problem(self, problem: Problem) -> Encoded:
+        return encode(problem, self.head.backend, self.head.validate)
+
+    def _wanted(self, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        return tuple(g if needed else None for g, needed in zip(gradients, self.head.needs, strict=False))

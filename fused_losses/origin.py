@@ -30,3 +30,7 @@ class Origin(ABC):
     @abstractmethod
     def overwritten(self) -> Tensor:
         """What ``inplace=True`` writes the gradient over; ValueError where that is nothing of the caller's."""
+
+    @abstractmethod
+    def traced(self) -> bool:
+        """Whether torch.compile has it in a graph; else it runs between two of them."""

@@ -87,10 +87,13 @@ class VocabShard(Origin):
     def overwritten(self) -> Tensor:
         return self.local_logits
 
+    def traced(self) -> bool:
+        return False
+
 
 def of_dtensor(logits: Any) -> Any:
-    """A VocabShard of a DTensor whose vocabulary one dimension of its mesh shards. Its other dimensions may shard the tokens: a loss
-    is of those that are here. One whose rows are whole stays what it is."""
+    """A VocabShard of a DTensor whose vocabulary one dimension of its mesh shards; one whose rows are whole as it is.
+    Other dimensions may shard the tokens: a loss is of those that are here."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements = logits.placements

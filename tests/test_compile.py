@@ -11,6 +11,7 @@ from cases import LOSSES, MODES, OBJECTIVES, Case, make, per_token_bounds, run
 from torch import Tensor
 
 from fused_losses import ops
+from fused_losses.head import Head
 from fused_losses.problem import Problem, Targets, Terms, Transform
 
 LOGITS, TARGET = torch.randn(3, 9), torch.tensor([1, -100, 8])
@@ -42,11 +43,36 @@ def _op_arguments(name: str, device: torch.device, backend: str, tensors: bool) 
         return (logits.clone(), *encoded)
     if name == "scale":
         return (logits.clone(), torch.tensor(3.0, device=device), backend)
-    assert name == "grad"
+    head = _head_arguments(device, frozen=name == "head_losses_and_grad")
+    if name in ("head_loss_and_grad", "head_losses_and_grad"):
+        return (*head, *encoded)
+    if name == "head_forward":
+        return (*head, *encoded, True)
+    assert name in ("grad", "head_grad")
     _, _, coefficients, stats = torch.ops.fused_losses.forward(logits, *encoded, True)
     temperature = problem.transform.temperature if tensors else None
     upstream = torch.ones(3, device=device)
-    return logits, encoded.target_tokens, None, temperature, [1.5, 0.0], stats, coefficients, upstream, backend
+    rest = encoded.target_tokens, None, temperature, [1.5, 0.0], stats, coefficients, upstream, backend
+    return *((logits,) if name == "grad" else head), *rest
+
+
+def _head_arguments(device: torch.device, frozen: bool) -> tuple[Any, ...]:
+    """Whose logits are LOGITS, in chunks of two tokens."""
+    head = Head(
+        backend="auto",
+        validate=False,
+        rows=2,
+        products=torch.float32,
+        logits_dtype=torch.float32,
+        sum_dtype=torch.float32,
+        weight_grad=None,
+        skip_masked=False,
+        partial=False,
+        layout=None,
+        needs=(True, not frozen, False),
+    )
+    weight, bias = LOGITS.T.contiguous().to(device), torch.zeros(LOGITS.shape[1], device=device)
+    return torch.eye(3, device=device), weight, bias, ops.encode_head(head)
 
 
 @pytest.mark.parametrize("given", ["plain", "terms", "several targets"])
@@ -82,7 +108,9 @@ OPERATORS = sorted(
 
 
 def test_every_operator_is_here():
-    assert set(OPERATORS) >= {"forward", "grad", "loss_and_grad", "loss_and_grad_inplace", "scale"}
+    of_logits = {"forward", "grad", "loss_and_grad", "loss_and_grad_inplace", "scale"}
+    of_a_head = {"head_forward", "head_grad", "head_loss_and_grad", "head_losses_and_grad"}
+    assert set(OPERATORS) >= of_logits | of_a_head
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
