@@ -117,7 +117,7 @@ class Head(NamedTuple):
         backend = self._backend(inputs)
         flows = (coefficients.table != 0).any(0) & (upstream != 0)
         with self._without_autocast(inputs):
-            chunks = self._spans(flows)
+            chunks = self.spans(flows)
             products = Products(self, inputs, len(chunks))
             for tokens in chunks:
                 logits = products.logits(tokens)
@@ -152,9 +152,9 @@ class Head(NamedTuple):
         return torch.autocast(inputs[0].device.type, enabled=False)
 
     def _chunks(self, problem: Problem) -> list[Selection]:
-        return self._spans(rows_to_read(problem))
+        return self.spans(rows_to_read(problem))
 
-    def _spans(self, wanted: Tensor) -> list[Selection]:
+    def spans(self, wanted: Tensor) -> list[Selection]:
         """The tokens in chunks of about one size; with ``skip_masked`` those that are wanted, which are few enough to
         wait for."""
         indices = wanted.nonzero()[:, 0] if self.skip_masked else None
