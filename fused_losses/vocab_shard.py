@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _NOWHERE = -2  # a target that another rank has
 _IGNORED = -1
+_LOWEST = -1000.0  # of an exponent that meets e to it, which is 0 there
 # torch 2.13 renamed it, and warns of the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -265,7 +266,7 @@ class Sharded:
 
 
 def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
-    """The statistics of whole rows, from those (R, ., N) of their parts. In float64, which costs nothing at N numbers.
+    """The statistics of whole rows, from those (R, ., N) of their parts.
 
     Relative to M, the largest of the parts' maxima M_r, a part's sums grow by delta_r = z(M_r) - z(M):
 
@@ -273,38 +274,54 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
         sum_j e^d_j d_j     e^delta_r (moment_r + delta_r S_r)
         sum_j d_j           drift_r + C_r delta_r
     """
-    stats = Stats(parts.double().transpose(0, 1))  # a number: (R, N)
-    single = problem.targets.num == 1
+    stats = Stats(parts.transpose(0, 1))  # a number: (R, N)
     target = _targets_logits(parts, problem.targets, layout)
     empty = stats.sum == 0
-    lowest = torch.finfo(torch.float32).min
-    maximum = stats.maximum.masked_fill(empty, lowest).amax(0)
-    if single:  # no mass but its own
-        maximum = torch.where(empty.all(0), target[0].double(), maximum)
-    delta = _z(stats.maximum, problem.transform) - _z(maximum, problem.transform)
-    grown = torch.exp(delta).masked_fill(empty, 0.0)
-    rows = [maximum, (grown * stats.sum).sum(0), *target]
+    maximum = stats.maximum.masked_fill(empty, torch.finfo(torch.float32).min).amax(0)
+    if problem.targets.num == 1:  # no mass but its own
+        maximum = torch.where(empty.all(0), target[0], maximum)
+    delta = _distance(stats.maximum, maximum, problem.transform)
+    grown = torch.exp(delta).masked_fill_(empty, 0.0)
+    rows = [maximum, (grown * stats.sum).sum(0), *target.unbind(0)]
     if not problem.plain:
-        terms = problem.terms
-        moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0))
-        columns = delta.new_tensor([b - a for a, b in zip(layout.starts, layout.ends, strict=True)])[:, None]
-        rows.append(moment.sum(0) if terms.entropy else torch.zeros_like(maximum))
-        rows.append((stats.drift + columns * delta).sum(0) if terms.label_smoothing != 0 else torch.zeros_like(maximum))
-    table = torch.stack([row.to(parts.dtype) for row in rows])
-    return Stats(table.where(rows_to_read(problem), 0.0))
+        terms, nothing = problem.terms, torch.zeros_like(maximum)
+        # where grown is 0 delta may be -inf
+        moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0).clamp(min=_LOWEST))
+        columns = _of_layout(layout, parts.device).columns[:, None]
+        rows.append(moment.sum(0) if terms.entropy else nothing)
+        rows.append((stats.drift + columns * delta).sum(0) if terms.label_smoothing != 0 else nothing)
+    return Stats(torch.stack(rows).where(rows_to_read(problem), 0.0))
 
 
 def _targets_logits(parts: Tensor, targets: Targets, layout: Layout) -> Tensor:
     """(K, N): each from the rank that has it; NaN where none does."""
-    tokens = targets.tokens if targets.tokens.dim() == 2 else targets.tokens[:, None]
-    found = torch.full(tokens.T.shape, torch.nan, dtype=parts.dtype, device=parts.device)
-    for part, first, end in zip(parts, layout.starts, layout.ends, strict=True):
-        here = ((tokens >= first) & (tokens < end)).T
-        found = torch.where(here, part[2 : 2 + tokens.shape[1]], found)
-    return found
+    tokens = (targets.tokens if targets.tokens.dim() == 2 else targets.tokens[:, None]).T
+    known = _of_layout(layout, parts.device)
+    owner = known.ranks[torch.bucketize(tokens, known.starts, right=True)]
+    found = parts[:, 2 : 2 + tokens.shape[0]].gather(0, owner[None])[0]
+    return found.masked_fill((tokens < 0) | (tokens >= max(layout.ends)), torch.nan)
 
 
-def _z(logits: Tensor, transform: Transform) -> Tensor:
-    if transform.softcap is not None:
-        logits = transform.softcap * torch.tanh(logits / transform.softcap)
-    return logits / transform.temperature
+class _OnDevice(NamedTuple):
+    starts: Tensor  # of the parts, in their order
+    ranks: Tensor  # who has what begins there; the first is for what is before all
+    columns: Tensor  # of each rank
+
+
+@lru_cache(maxsize=256)
+def _of_layout(layout: Layout, device: torch.device) -> _OnDevice:
+    order = sorted(range(len(layout.starts)), key=layout.starts.__getitem__)
+    columns = [end - start for start, end in zip(layout.starts, layout.ends, strict=True)]
+    return _OnDevice(
+        torch.tensor([layout.starts[rank] for rank in order], device=device),
+        torch.tensor([0, *order], device=device),
+        torch.tensor(columns, dtype=torch.float32, device=device),
+    )
+
+
+def _distance(logits: Tensor, maximum: Tensor, transform: Transform) -> Tensor:
+    """z(logits) - z(maximum)"""
+    if transform.softcap is None:
+        return (logits - maximum) / transform.temperature
+    scale = transform.softcap / transform.temperature
+    return (torch.tanh(logits / transform.softcap) - torch.tanh(maximum / transform.softcap)) * scale
