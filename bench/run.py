@@ -22,11 +22,12 @@ import torch
 from cases import CPU_CASES, DTYPES, GPU_CASES, GROUPS, LOSSES, QUICK_CASES, Case, make_problem
 from conditions import conditions, file_name
 from contenders import FUSED
-from heads import CONTENDERS, FUSED_HEAD, HEAD_CPU_CASES, HEAD_GPU_CASES, HEAD_QUICK_CASES, HeadCase, measure_head
+from heads import CONTENDERS, HEAD_CPU_CASES, HEAD_GPU_CASES, HEAD_QUICK_CASES, HeadCase, measure_head
 from measure import OVERHEAD_CASE, measure, overhead
 from memory import touch
 from opponents import OPPONENTS, check_plain_formulas
 from records import RESULTS
+from shards import SHARD_CPU_CASES, SHARD_QUICK_CASES, ShardCase, measure_shards
 
 from fused_losses import backends
 
@@ -68,13 +69,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def selected(options: argparse.Namespace, device: torch.device) -> list[Case | HeadCase]:
+AnyCase = Case | HeadCase | ShardCase
+
+
+def selected(options: argparse.Namespace, device: torch.device) -> list[AnyCase]:
     if options.quick:
-        cases: list[Case | HeadCase] = [*QUICK_CASES, *HEAD_QUICK_CASES, OVERHEAD_CASE]
+        cases: list[AnyCase] = [*QUICK_CASES, *HEAD_QUICK_CASES, *SHARD_QUICK_CASES, OVERHEAD_CASE]
     elif device.type == "cuda":
         cases = [*GPU_CASES, *HEAD_GPU_CASES, OVERHEAD_CASE]
     else:
-        cases = [*CPU_CASES, *HEAD_CPU_CASES, OVERHEAD_CASE]
+        cases = [*CPU_CASES, *HEAD_CPU_CASES, *SHARD_CPU_CASES, OVERHEAD_CASE]
     if options.cases is None:
         return cases
     return [case for case in cases if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.cases)]
@@ -95,15 +99,18 @@ def records(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
             continue
         # Where a better backend is there, eager is only the fallback, and takes longer than all others together.
         better = tuple(name for name in names if name != "eager")
-        chosen = names if isinstance(case, HeadCase) or case.fallback or options.backends or not better else better
+        chosen = names if not isinstance(case, Case) or case.fallback or options.backends or not better else better
         for dtype in keep(case.dtypes, options.dtype):
             for loss in keep(case.losses, options.losses):
                 if time.perf_counter() > deadline:
                     print(f"left out for time: {case.name} {dtype} {loss}", file=sys.stderr)
                     continue
-                if isinstance(case, HeadCase):
-                    repeats_here = options.repeats or (3 if options.quick else case.repeats)
-                    yield from measure_head(case, loss, dtype, device, options.opponents, repeats_here)
+                if not isinstance(case, Case):
+                    few = options.repeats or (3 if options.quick else case.repeats)
+                    if isinstance(case, HeadCase):
+                        yield from measure_head(case, loss, dtype, device, options.opponents, few)
+                    else:
+                        yield from measure_shards(case, device, few)
                     continue
                 problem = make_problem(case, loss, dtype, device)
                 for group, modes in GROUPS.items():
@@ -126,6 +133,8 @@ def line(record: dict[str, Any]) -> str:
             parts.append(f"{record['ratio_to_copy']:6.2f} x copy")
         if record.get("ratio_to_floor") is not None:
             parts.append(f"{record['ratio_to_floor']:6.2f} x products and loss, {record['peak_bytes'] / 1e6:.0f} MB")
+        if record.get("speedup_over_torch") is not None:
+            parts.append(f"{record['speedup_over_torch']:6.2f} x torch's speed")
         if record.get("speedup") is not None:
             parts.append(f"{record['speedup']:6.2f} x eager's speed")
         if record.get("overhead_us") is not None:
@@ -162,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             file.write(json.dumps({**found, **where}) + "\n")
             file.flush()
             print(line(found), flush=True)
-            wrong += found["contender"].startswith((FUSED, FUSED_HEAD)) and found["status"] != "ok"
+            wrong += found["contender"].startswith(FUSED) and found["status"] != "ok"
     print(f"{time.perf_counter() - start:.0f} s, {path}")
     if wrong:
         print(f"{wrong} measurements of this library are wrong, inexact or failed", file=sys.stderr)

@@ -223,16 +223,7 @@ class Sharded:
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
         here = problem._replace(targets=self._targets(problem.targets))
         table = self.backend.stats(logits[..., : self.layout.here], here).table
-        ranks, (numbers, n) = len(self.layout.starts), table.shape
-        parts = table.new_empty(ranks * numbers, n)
-        try:
-            _all_gather(parts, table, self.layout.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.layout.rank} of a vocabulary's group gathered statistics of {n} tokens, and "
-                f"another rank did not take part, or with another number of tokens: {error}"
-            ) from error
-        return joined(parts.view(ranks, numbers, n), problem, self.layout)
+        return joined(gathered(table, self.layout), problem, self.layout)
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
         return self.backend.objective(stats, problem, reduce)
@@ -263,6 +254,20 @@ class Sharded:
         local = (tokens - first).masked_fill(outside, _NOWHERE)
         local = local.masked_fill(tokens == targets.ignore_index, _IGNORED)
         return Targets(local, _IGNORED, targets.shares)
+
+
+def gathered(table: Tensor, layout: Layout) -> Tensor:
+    """(R, ., N): the tables of all ranks."""
+    ranks, (numbers, n) = len(layout.starts), table.shape
+    parts = table.new_empty(ranks * numbers, n)
+    try:
+        _all_gather(parts, table, layout.group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {layout.rank} of a vocabulary's group gathered statistics of {n} tokens, and another rank did not "
+            f"take part, or with another number of tokens: {error}"
+        ) from error
+    return parts.view(ranks, numbers, n)
 
 
 def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
