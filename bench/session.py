@@ -62,6 +62,9 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
         measured = (*measured, "--losses", GPU_LOSSES, "--repeats", "15", "--seconds", "150")
     else:
         measured = (*measured, "--touch", "0" if quick else "8")
+    # on a CPU they are among the measurements
+    of_heads = ("bench/run.py", "--out", str(out), "--cases", "head*", "--repeats", "5", "--seconds", "40")
+    heads = [Step("heads", python(*of_heads), 60)] if gpu and not quick else []
     report = ("bench/report.py", "--results", str(out)) if quick else ("bench/report.py",)
     elsewhere = ("--readme", str(out / "README.md"), "--plots", str(out / "plots")) if quick else ()
     return [
@@ -76,7 +79,8 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
             )
             for tool in SANITIZERS
         ),
-        Step("measurements", python(*measured), 180 if gpu else 1800),
+        Step("measurements", python(*measured), 180 if gpu else 3600),  # heads take seconds a call on a CPU
+        *heads,
         Step("predictions", python("bench/model.py", "--beside", str(out)), 60, no_gpu),
         Step("tables and plots", python(*report, *elsewhere), 20),
     ]

@@ -168,6 +168,44 @@ def overhead(device: Device) -> tuple[str, list[Record]]:
     return markdown(["ppo, N = 1, V = 1024", "public call and backward", "bare kernels", "interface"], rows), records
 
 
+def heads(device: Device) -> tuple[str, list[Record]]:
+    """Time, as a multiple of the products and the loss of logits that exist in the same run, peak memory, errors."""
+    records = where(device, group="head")
+    columns = distinct(records, "case", "dtype", "loss")
+
+    def all_of_it(record: Record) -> str:
+        parts = [f"{number(record['median_ms'])} ms ({number(record['ratio_to_floor'])})"]
+        if record["contender"] != "loss of logits":
+            parts.append(megabytes(record))
+        if record.get("weight_grad_error") is not None:
+            parts.append(f"{record['hidden_grad_error']:.0e} {record['weight_grad_error']:.0e}")
+        return ", ".join(parts)
+
+    rows = [
+        [f"**{name}**" if name.startswith("fused") else name]
+        + [cell(where(records, contender=name, case=c, dtype=d, loss=x), all_of_it) for c, d, x in columns]
+        for (name,) in distinct(records, "contender")
+    ]
+    titles = (f"{case.removeprefix('head ')} {dtype} {loss}" for case, dtype, loss in columns)
+    return markdown(["forward and backward", *titles], rows), records
+
+
+def shards(device: Device) -> tuple[str, list[Record]]:
+    """Time, and how many times as fast as torch's in the same run."""
+    records = where(device, group="shard")
+    cases = [case for (case,) in distinct(records, "case")]
+
+    def beside(record: Record) -> str:
+        return f"{number(record['median_ms'])} ms, {number(record['speedup_over_torch'])}x"
+
+    rows = [
+        [f"**{name}**" if name.startswith("fused") else name]
+        + [cell(where(records, contender=name, case=case), beside) for case in cases]
+        for (name,) in distinct(records, "contender")
+    ]
+    return markdown(["cross entropy", *(case.removeprefix("shard ") for case in cases)], rows), records
+
+
 def gpu_times(device: Device) -> tuple[str, list[Record]]:
     """Milliseconds and, in brackets, multiples of the copy (forward only: of the read) in the same run."""
     records = [
@@ -260,11 +298,14 @@ TABLES: dict[str, tuple[str, Table]] = {
     "cpu-terms": ("cpu", terms),
     "cpu-memory": ("cpu", memory_and_errors),
     "cpu-overhead": ("cpu", overhead),
+    "cpu-heads": ("cpu", heads),
+    "cpu-shards": ("cpu", shards),
     "gpu": ("cuda", gpu_times),
     "gpu-terms": ("cuda", terms),
     "gpu-latency": ("cuda", gpu_latency),
     "gpu-memory": ("cuda", memory_and_errors),
     "gpu-overhead": ("cuda", overhead),
+    "gpu-heads": ("cuda", heads),
 }
 
 

@@ -116,6 +116,11 @@ class LinearHead(Origin):
     def traced(self) -> bool:
         return self.vocab_size is None and self.weight_grad is None
 
+    def logits(self) -> Tensor:
+        if self.vocab_size is not None:
+            raise TypeError("logits must be whole for fused_losses.reference, got a LinearHead that is sharded")
+        return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+
     def checked(self) -> LinearHead:
         weight = checks.parameter("weight", self.weight)
         hidden = checks.dense("hidden", self.hidden, checks.LOGITS_DTYPES, weight)

@@ -34,3 +34,7 @@ class Origin(ABC):
     @abstractmethod
     def traced(self) -> bool:
         """Whether torch.compile has it in a graph; else it runs between two of them."""
+
+    @abstractmethod
+    def logits(self) -> Tensor:
+        """The logits as one tensor after all, differentiable, for the reference; TypeError where no rank has them."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import composition, keywords
 from .composition import PerToken
 from .objectives import OBJECTIVES, Objective
+from .origin import Origin
 from .outputs import Call, Outputs
 from .problem import Column, PolicyTerms, Reduction, Sequences, Terms, Transform
 from .terms import Seen, asked, row_loss
@@ -77,8 +78,9 @@ def _asked(loss: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Asked:
     def record(kind: Any) -> Any:
         return kind(**{name: said[name] for name in kind._fields if name in said})
 
+    logits = said["logits"]
     return _Asked(
-        said["logits"],
+        logits.logits() if isinstance(logits, Origin) else logits,
         said["target_tokens"],
         {name: value for name, value in said.items() if keywords.KEYWORDS[name].group == "inputs"},
         record(Sequences),

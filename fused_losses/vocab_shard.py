@@ -91,6 +91,9 @@ class VocabShard(Origin):
     def traced(self) -> bool:
         return False
 
+    def logits(self) -> Tensor:
+        raise TypeError("logits must be whole for fused_losses.reference, got a VocabShard")
+
 
 def of_dtensor(logits: Any) -> Any:
     """A VocabShard of a DTensor whose vocabulary one dimension of its mesh shards; one whose rows are whole as it is.
