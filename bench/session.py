@@ -59,7 +59,7 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
     small = ("-k", "cuda and ppo") if quick else ("-k", "cuda and not more_than_2_31_elements")
     measured = ("bench/run.py", "--out", str(out), *(("--quick",) if quick else ()))
     if gpu:
-        measured = (*measured, "--losses", GPU_LOSSES, "--repeats", "15", "--seconds", "150")
+        measured = (*measured, "--losses", GPU_LOSSES, "--repeats", "15", "--seconds", "110")
     else:
         measured = (*measured, "--touch", "0" if quick else "8")
     # on a CPU they are among the measurements
@@ -79,9 +79,9 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
             )
             for tool in SANITIZERS
         ),
-        Step("measurements", python(*measured), 180 if gpu else 3600),  # heads take seconds a call on a CPU
+        Step("measurements", python(*measured), 140 if gpu else 3600),  # heads take seconds a call on a CPU
         *heads,
-        Step("predictions", python("bench/model.py", "--beside", str(out)), 60, no_gpu),
+        Step("predictions", python("bench/model.py", "--beside", str(out)), 40, no_gpu),
         Step("tables and plots", python(*report, *elsewhere), 20),
     ]
 
