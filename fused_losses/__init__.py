@@ -5,9 +5,21 @@ import os as _os
 from . import aggregation, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
-from .losses import cispo, cross_entropy, dro, gmpo, gspo, importance_sampling, logprobs, policy_loss, ppo, sapo
+from .losses import (
+    cispo,
+    cross_entropy,
+    dro,
+    gmpo,
+    gspo,
+    importance_sampling,
+    logprobs,
+    policy_loss,
+    ppo,
+    sapo,
+    statistics,
+)
 from .objectives import Objective
-from .outputs import Outputs
+from .outputs import Outputs, Statistics
 from .sequences import segment_expand, segment_mean, segment_sum
 from .version import __version__
 
@@ -20,6 +32,7 @@ __all__ = [
     "ComputeResult",
     "Objective",
     "Outputs",
+    "Statistics",
     "__version__",
     "aggregation",
     "cispo",
@@ -39,5 +52,6 @@ __all__ = [
     "segment_expand",
     "segment_mean",
     "segment_sum",
+    "statistics",
     "truncated_importance_weights",
 ]

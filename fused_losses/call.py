@@ -4,7 +4,7 @@ run on the result. The functions of losses.py call these, one each."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .backends import resolve, unusable
 from .composition import Columns, PerToken
 from .logits import Logits
 from .objectives import OBJECTIVES, Objective
-from .outputs import Call, Outputs
+from .outputs import Call, Outputs, Statistics
 from .problem import (
     BackendName,
     Column,
@@ -25,6 +25,7 @@ from .problem import (
     Problem,
     Reduction,
     Sequences,
+    StatisticName,
     Targets,
     Terms,
     Transform,
@@ -163,9 +164,48 @@ def logprobs(
     target_tokens: Tensor,
     transform: Transform,
     ignore_index: int,
+    inplace: bool,
     backend: BackendName,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    terms = Terms(entropy=bool(return_entropy))
+    logp, *entropy = _observed(logits, target_tokens, terms, transform, ignore_index, inplace, backend)
+    return (logp, entropy[0]) if return_entropy else logp
+
+
+def statistics(
+    logits: Tensor,
+    target_tokens: Tensor,
+    outputs: Sequence[StatisticName],
+    transform: Transform,
+    ignore_index: int,
+    inplace: bool,
+    backend: BackendName,
+) -> Statistics:
+    asked = checks.outputs(outputs)
+    beyond = not {"logprobs", "entropy"}.issuperset(asked)
+    terms = Terms(entropy=beyond or "entropy" in asked, statistics=beyond)
+    rows = _observed(logits, target_tokens, terms, transform, ignore_index, inplace, backend)
+    logp, entropy, log_sum_squares, mean_logit, top1 = (*rows, None, None, None, None)[:5]
+    return Statistics(
+        logp if "logprobs" in asked else None,
+        entropy if "entropy" in asked else None,
+        log_sum_squares if "log_sum_squares" in asked else None,
+        mean_logit if "mean_logit" in asked else None,
+        top1 != 0 if top1 is not None and "top1" in asked else None,
+    )
+
+
+def _observed(
+    logits: Tensor,
+    target_tokens: Tensor,
+    terms: Terms,
+    transform: Transform,
+    ignore_index: int,
+    inplace: bool,
+    backend: BackendName,
+) -> tuple[Tensor, ...]:
+    """The rows of Logprobs that the terms ask for, in the targets' shape."""
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     problem = Problem(
         targets=Targets(tokens, checks.index("ignore_index", ignore_index, target_tokens.dtype)),
@@ -173,21 +213,30 @@ def logprobs(
         weights=1.0,
         objective=OBJECTIVES["logprobs"],
         inputs=(),
-        terms=Terms(entropy=bool(return_entropy)),
+        terms=terms,
         denominator=1.0,
         vocab=logits.shape[-1],
         all_logprobs=False,
     )
-    source = _source(logits, problem, How(backend=checks.backend(backend)))
-    if not return_entropy:
+    wanted = stages.wants_gradient((logits,))
+    inplace = bool(inplace) and wanted  # without a gradient nothing is written
+    source = _source(logits, problem, How(inplace=inplace, backend=checks.backend(backend)))
+    if inplace:
+        checks.overwritable(logits)
+        if isinstance(source, ops.Watched):  # a graph has the logits as they were before its backward
+            raise ValueError(
+                "inplace=True of logprobs and statistics writes over the logits in backward, which torch.compile, other "
+                "tracers and tensor subclasses do not allow: pass inplace=False there"
+            )
+    rows: tuple[Tensor, ...]
+    if not terms.entropy:
         logp, _ = stages.run(source, (logits,), problem, reduce=False, recompute=False)
-        return logp.view(target_tokens.shape)
-    if stages.wants_gradient((logits,)):
-        logp, entropy = stages.LogprobsAndEntropy.apply(source, problem, logits)
+        rows = (logp,)
+    elif wanted:
+        rows = stages.Observed.apply(source, problem, logits)
     else:
-        seen = Logprobs(source.forward((logits,), problem, False).logprobs)
-        logp, entropy = seen.targets(), seen.entropy()
-    return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
+        rows = source.forward((logits,), problem, False).logprobs.unbind()
+    return tuple(row.view(target_tokens.shape) for row in rows)
 
 
 # ---- One problem for all tokens ----
@@ -366,7 +415,7 @@ def _composed(
         sequences = sequences._replace(sequence_ratio_mask=mask)
 
     def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        seen = logprobs(logits, target_tokens, transform, ignore_index, how.backend, with_entropy)
+        seen = logprobs(logits, target_tokens, transform, ignore_index, False, how.backend, with_entropy)
         return seen if isinstance(seen, tuple) else (seen, None)
 
     return composition.composed(

@@ -50,9 +50,14 @@ class Logits(NamedTuple):
         upstream: Tensor,
     ) -> tuple[Tensor, ...]:
         (logits,) = inputs
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         backend = resolve(self.backend, logits.device)
-        backend.grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
+        if self.inplace:
+            gradient = logits.detach()
+            backend.grad(gradient, targets, transform, stats, coefficients, upstream, gradient)
+            torch.autograd.graph.increment_version(gradient)  # as above
+        else:
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            backend.grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
         return (gradient,)
 
     def scale(self, gradients: tuple[Tensor, ...], upstream: Tensor) -> None:
