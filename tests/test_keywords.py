@@ -28,7 +28,7 @@ def test_signature(name):
 
 def test_every_loss_is_in_the_table():
     ours = {name for name in fused_losses.__all__ if "return_outputs" in _parameters(getattr(fused_losses, name))}
-    assert ours | {"logprobs"} == set(keywords.LOSSES)
+    assert ours | {"logprobs", "statistics"} == set(keywords.LOSSES)
     assert set(OBJECTIVES) <= set(keywords.LOSSES) and set(keywords.LOSSES) <= set(fused_losses.__all__)
 
 

@@ -307,6 +307,7 @@ def _kind(problem: Problem) -> Any:
         capped=problem.transform.softcap is not None,
         entropy=terms.entropy,
         smoothed=terms.label_smoothing != 0,
+        statistics=terms.statistics,
         kl_type=terms.kl_type,
         kl_weighted_by_ratio=terms.kl_weighted_by_ratio,
         all_logprobs=problem.all_logprobs,
@@ -331,6 +332,7 @@ def _of_stats(kind: Any) -> Any:
         capped=kind.capped,
         entropy=kind.entropy,
         smoothed=kind.smoothed,
+        statistics=kind.statistics,
         all_logprobs=kind.all_logprobs,
     )
 
