@@ -396,8 +396,8 @@ _RAISES = {
 
 
 # Of the functions that are no losses.
-_IN_BACKWARD = """write the gradient over ``logits`` in backward, which must not be a leaf, instead of into a new buffer;
-    backward then runs once. Not under torch.compile."""
+_IN_BACKWARD = """in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+    buffer; backward then runs once. Not under torch.compile."""
 _RAISES_OF_ROWS = {
     "TypeError, ValueError": _WRONG,
     "RuntimeError": "the named backend can't run here; or a second backward with ``inplace=True``.",

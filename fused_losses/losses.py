@@ -1831,8 +1831,8 @@ def logprobs(
             temperature. Default None: no cap.
         logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
         ignore_index: target of tokens to leave out: logprob 0, entropy 0, gradient 0. Default -100.
-        inplace: write the gradient over ``logits`` in backward, which must not be a leaf, instead of into a new buffer;
-            backward then runs once. Not under torch.compile.
+        inplace: in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+            buffer; backward then runs once. Not under torch.compile.
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:
@@ -1891,8 +1891,8 @@ def statistics(
             temperature. Default None: no cap.
         logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
         ignore_index: target of tokens to leave out, of which all numbers are 0, and top1 False. Default -100.
-        inplace: write the gradient over ``logits`` in backward, which must not be a leaf, instead of into a new buffer;
-            backward then runs once. Not under torch.compile.
+        inplace: in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+            buffer; backward then runs once. Not under torch.compile.
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:

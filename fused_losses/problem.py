@@ -207,8 +207,8 @@ class Stats(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """What a token's row gave, in the shape of :func:`logprobs_shape`; 0 where it was not read. The rows that statistics
-    add are log sum_j p_j^2, mean_j z_j, and 1 where the target is the first of the most likely, else 0.
+    """What a token's row gave, in the shape of :func:`logprobs_shape`; 0 where it was not read. With statistics the
+    last three rows are log sum_j p_j^2, mean_j z_j, and 1 where the target is the first of the most likely, else 0.
 
     Functions, where the records above have properties: torch.compile of torch 2.10 traces no property of a record.
     """
