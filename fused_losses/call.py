@@ -225,8 +225,8 @@ def _observed(
         checks.overwritable(logits)
         if isinstance(source, ops.Watched):  # a graph has the logits as they were before its backward
             raise ValueError(
-                "inplace=True of logprobs and statistics writes over the logits in backward, which torch.compile, other "
-                "tracers and tensor subclasses do not allow: pass inplace=False there"
+                "inplace=True of logprobs and statistics writes over the logits in backward, which torch.compile, "
+                "other tracers and tensor subclasses do not allow: pass inplace=False there"
             )
     rows: tuple[Tensor, ...]
     if not terms.entropy:
