@@ -81,8 +81,9 @@ class Eager:
         if not problem.plain:
             zero = torch.zeros_like(maximum)
             rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
-            finite = distance.clamp(max=_FLOAT_MAX)  # a target's, over others that are masked by -FLT_MAX
-            rows.append(_row_sums(finite) if terms.label_smoothing != 0 or terms.statistics else zero)
+            if terms.statistics:  # finite over others that are masked by -FLT_MAX
+                distance = distance.clamp(max=_FLOAT_MAX)
+            rows.append(_row_sums(distance) if terms.label_smoothing != 0 or terms.statistics else zero)
         if terms.statistics:
             first = x.argmax(-1) == targets[:, 0]  # of equal ones, the first
             rows += [_row_sums(e * e), (first & (target[:, 0] > -torch.inf)).float()]
