@@ -355,7 +355,8 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const int64_t n = tokens_of(record.ptr());
         float* const into = loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss);
         const Problem asked = problem(record.ptr(), n, into);
-        if (asked.terms.statistics && !asked.targets.single()) refuse(python().statistics, "are of one target per token");
+        if (asked.terms.statistics && !asked.targets.single())
+            refuse(python().statistics, "are of one target per token");
         run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.stats_rows(), asked.targets.num, n),
                             logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
                             coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into, averages(asked, into)},

@@ -178,8 +178,8 @@ struct Statistics {
     float log_sum_squares, mean_logit, top1;
 };
 
-// (N,); where the problem is not plain (K + 1, N): the logprob of each target, then H; with statistics (K + 4, N), these
-// last. 0 where the token was not read.
+// (N,); where the problem is not plain (K + 1, N): the logprob of each target, then H; with statistics (K + 4, N),
+// these last. 0 where the token was not read.
 struct LogprobsTable {
     float* data;
     int64_t n;

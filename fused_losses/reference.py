@@ -66,8 +66,11 @@ def row_statistics(logits: Tensor, target_tokens: Tensor, transform: Transform, 
         before = torch.arange(logits.shape[-1], device=logits.device) < target_tokens.unsqueeze(-1)
         ahead = (logits > own) | ((logits == own) & before)
         top1 = ~ahead.any(-1) & (own.squeeze(-1) > -torch.inf) & ~failed & ~ignored
-        numbers = (t.masked_fill(failed, torch.nan).masked_fill(ignored, 0.0) for t in (log_sum_squares, z.mean(-1)))
-    return Statistics(seen.logp, seen.entropy * torch.where(failed, torch.nan, 1.0), *numbers, top1)
+        log_sum_squares, mean = (
+            t.masked_fill(failed, torch.nan).masked_fill(ignored, 0.0) for t in (log_sum_squares, z.mean(-1))
+        )
+    entropy = seen.entropy * torch.where(failed, torch.nan, 1.0)
+    return Statistics(seen.logp, entropy, log_sum_squares, mean, top1)
 
 
 class _Asked(NamedTuple):

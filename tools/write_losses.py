@@ -99,9 +99,7 @@ def parameter(p: inspect.Parameter) -> str:
 
 
 def literal(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(literal, value))})"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return repr(value).replace("'", '"')
 
 
 def arguments(loss: Loss) -> list[str]:

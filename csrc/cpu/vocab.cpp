@@ -215,7 +215,8 @@ FL_INLINE LaneSums block_sums(const T* block, int64_t n, int64_t left_out, Float
 }
 
 template <Sums asked, bool with_cap, bool keep, class T>
-FL_INLINE SumsOfStatistics sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap, Kept kept) {
+FL_INLINE SumsOfStatistics sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap,
+                                 Kept kept) {
     Floats max = all(-FLT_MAX), reference = level<with_cap>(max, inverse_cap);
     LaneSums sums = {};
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -225,8 +226,8 @@ FL_INLINE SumsOfStatistics sweep(const T* logits, int64_t vocab, int64_t left_ou
         const Floats lower = reference;
         reference = level<with_cap>(max, inverse_cap);
         sums.move(lower - reference, c);
-        const LaneSums seen = block_sums<asked, with_cap, keep>(
-            block, n, left_out - begin, reference, c, inverse_cap, keep ? kept.exps + begin : nullptr, far);
+        const LaneSums seen = block_sums<asked, with_cap, keep>(block, n, left_out - begin, reference, c, inverse_cap,
+                                                                keep ? kept.exps + begin : nullptr, far);
         sums.sum += seen.sum;
         sums.moment += seen.moment;
         sums.squares += seen.squares;
@@ -384,8 +385,9 @@ struct Row {
         *element = padded[0];
     }
     static constexpr RowFunctions<T> functions() {
-        return {exponentials<T>, scaled<T>, exponentials_scaled<T>, moments<T>,     statistics<T>,      largest<T>,
-                drift<T>,        combination<T>, level_of, level_slope_of, scaled_in_place<T>, load_one, store_one};
+        return {
+            exponentials<T>, scaled<T>, exponentials_scaled<T>, moments<T>,         statistics<T>, largest<T>, drift<T>,
+            combination<T>,  level_of,  level_slope_of,         scaled_in_place<T>, load_one,      store_one};
     }
 };
 

@@ -168,7 +168,8 @@ void for_row(bool plain, const Transform& transform, Visit visit) {
 template <class Visit>
 void for_row_of(const Problem& problem, Visit visit) {
     if (!problem.terms.statistics) return for_row(problem.plain, problem.transform, visit);
-    return problem.transform.softcap != 0.f ? visit(Of<StatisticsRow<Softcap>>{}) : visit(Of<StatisticsRow<Identity>>{});
+    return problem.transform.softcap != 0.f ? visit(Of<StatisticsRow<Softcap>>{})
+                                            : visit(Of<StatisticsRow<Identity>>{});
 }
 
 template <class Visit>
