@@ -22,7 +22,6 @@ from .softcap import squash, units
 from .sums import load_tile, sweep, with_side, with_target
 from .targets import given_targets, is_any, row_targets, store_per_target
 
-
 PREFIX = tl.constexpr(1024)  # logits to look through for ties at a time
 
 
