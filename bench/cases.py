@@ -30,6 +30,8 @@ GROUPS = {
 }
 ALL_MODES = tuple(mode for modes in GROUPS.values() for mode in modes)
 
+STATISTICS = "statistics"  # in the place of a loss: what is read of rows, without a gradient
+
 TORCH = ("eager", "torch.compile", "F.cross_entropy")
 PEERS = ("Liger CE", "Liger GRPO", "quack", "quack fused")
 
@@ -84,6 +86,8 @@ CPU_CASES = (
         )
         for n, vocab in ((2048, 32000), (512, 128256))
     ),
+    Case("2048x32000, statistics", (2048,), 32000, ("fp32", "bf16"), (STATISTICS,)),
+    Case("512x128256, statistics", (512,), 128256, ("fp32", "bf16"), (STATISTICS,)),
     Case("256x32000, fallback", (256,), 32000, ("fp32",), ("ppo",), opponents=("eager",), fallback=True),
 )
 
@@ -134,6 +138,7 @@ GPU_CASES = (
     Case(
         "12: 8192x128256, terms", (8192,), 128256, losses=("ppo",), opponents=("eager",), drift=0.01, terms=tuple(TERMS)
     ),
+    Case("13: 8192x128256, statistics", (8192,), 128256, ("fp32", "bf16"), (STATISTICS,)),
     *(
         Case(
             f"11: {n}x{vocab}",
@@ -148,6 +153,7 @@ GPU_CASES = (
 )
 
 QUICK_CASES = (
+    Case("quick statistics 64x1000", (64,), 1000, ("fp32",), (STATISTICS,)),
     Case("quick 64x1000", (64,), 1000, ("fp32",), LOSSES, ALL_MODES, ("eager", "F.cross_entropy")),
     Case("quick terms 64x1000", (64,), 1000, ("bf16",), ("ppo",), opponents=("eager",), drift=0.01, terms=("entropy",)),
     Case(
@@ -211,9 +217,13 @@ def make_problem(case: Case, loss: str, dtype: str, device: torch.device, seed: 
         dtype,
         source,
         targets,
-        {name: _input(name, case, source, targets) for name in OBJECTIVES[loss].inputs},
+        {name: _input(name, case, source, targets) for name in _inputs_of(loss)},
         torch.randn(case.shape, device=device),
     )
+
+
+def _inputs_of(loss: str) -> tuple[str, ...]:
+    return () if loss == STATISTICS else OBJECTIVES[loss].inputs
 
 
 def row_chunks(vocab: int, n: int, elements: int = 2**23) -> list[slice]:

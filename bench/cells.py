@@ -33,7 +33,7 @@ def label(contender: str, backend: str | None, mode: str, same_loss: bool = True
     if mode == "floor":
         return f"floor: {FLOORS[contender]}"
     name = who(contender, backend, same_loss or mode == "inplace")  # no yardstick works in place
-    return f"{name}, {MODES[mode]}" if contender == "fused" or mode == "inplace" else name
+    return f"{name}, {MODES.get(mode, mode)}" if contender == "fused" or mode == "inplace" else name
 
 
 def in_order(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -37,7 +37,7 @@ def times(pairs: list[Pair]) -> str:
     """Medians, and what they are in units of the floor of their own run, which a slower day slows as well."""
     rows = []
     for old, new in pairs:
-        floor = f"ratio_to_{FLOOR_OF[new['mode']]}"
+        floor = f"ratio_to_{FLOOR_OF.get(new['mode'], 'read')}"
         in_floors = f"{number(old[floor])}, {number(new[floor])}" if old.get(floor) and new.get(floor) else "-"
         milliseconds = [f"{number(r['median_ms'])} ms" for r in (old, new)]
         what = f"{new['case']} {new['dtype']}, {new['loss']}"
@@ -93,7 +93,8 @@ def tables(before: str, after: str, results: Path = RESULTS) -> list[str]:
     for device, threads in distinct(new, "device", "threads"):
         here = [where(records, device=device, threads=threads, status=("ok", "inexact")) for records in (old, new)]
         pairs = paired(here, key=lambda r: tuple(r[k] for k in KEY))
-        timed = [p for p in pairs if p[1]["mode"] in MODES and p[1]["contender"].startswith("fused")]
+        fused = [p for p in pairs if p[1]["contender"].startswith("fused")]
+        timed = [p for p in fused if p[1]["mode"] in MODES or p[1]["group"] == "statistics"]
         public = [p for p in pairs if p[1]["group"] == "overhead" and p[1].get("overhead_us")]
         for table, shown in ((times, timed), (overhead, public)):
             if shown:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from accuracy import Errors, Truth
-from cases import Case, Problem, make_problem
-from contenders import FUSED, Contender, Result, contenders, kernels_of
+from cases import STATISTICS, Case, Problem, make_problem
+from contenders import FUSED, Contender, Result, contenders, floors, kernels_of
 from memory import peak_bytes
 from opponents import OPPONENTS, LossOfLogits
 from timing import Times, captured, interleaved, quantiles
 
 import fused_losses
+from fused_losses import reference
 
 OVERHEAD_CASE = Case("overhead 1x1024", (1,), 1024, ("fp32",), ("ppo",), ("separate",), ("eager",))
 
@@ -125,6 +126,42 @@ def record(problem: Problem, group: str, contender: Contender, repeats: int, fie
         "repeats": repeats,
         **fields,
     }
+
+
+# What is read of each row, by the mode that its records have; all from one read.
+OBSERVED: dict[str, Callable[..., Any]] = {
+    "logprobs": fused_losses.logprobs,
+    "logprobs and entropy": partial(fused_losses.logprobs, return_entropy=True),
+    "statistics": fused_losses.statistics,
+}
+
+
+def statistics(problem: Problem, names: tuple[str, ...], repeats: int) -> Iterator[dict[str, Any]]:
+    """What a row says beside its target's logprob, in one interleaved loop, after a look at its first rows."""
+    ready = floors(problem)
+    few = problem.buffer[:4], problem.targets[:4]
+    expected = reference.statistics(few[0].double(), few[1])
+    for name in names:
+        seen = fused_losses.statistics(*few, backend=name)
+        torch.testing.assert_close(tuple(seen), tuple(expected), rtol=1e-5, atol=1e-6, check_dtype=False)
+        for mode, function in OBSERVED.items():
+            call = partial(function, problem.buffer, problem.targets, backend=name)
+            ready.append(Contender(FUSED, mode, call, name))
+    device = problem.source.device
+    times = interleaved({c.key: c.call for c in ready}, problem.restore, repeats, device)
+    medians = {c.key: quantiles(times[c.key].ms)[1] for c in ready}
+    by_name = {c.name: medians[c.key] for c in ready if c.mode == "floor"}
+    for contender in ready:
+        fields = {
+            **timing_fields(times[contender.key]),
+            **ratios(medians[contender.key], by_name, floor=True),
+            "peak_bytes": peak_bytes(contender.call, device),
+            "status": "ok",
+        }
+        if contender.name == FUSED:
+            beside = medians[f"{FUSED} {contender.backend} logprobs and entropy"]
+            fields["ratio_to_entropy"] = medians[contender.key] / beside
+        yield record(problem, STATISTICS, contender, repeats, fields)
 
 
 def overhead(device: torch.device, names: tuple[str, ...], repeats: int) -> Iterator[dict[str, Any]]:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CPU_CASES, DTYPES, GPU_CASES, GROUPS, LOSSES, QUICK_CASES, Case, make_problem
+from cases import CPU_CASES, DTYPES, GPU_CASES, GROUPS, LOSSES, QUICK_CASES, STATISTICS, Case, make_problem
 from conditions import conditions, file_name
 from contenders import FUSED
 from heads import CONTENDERS, HEAD_CPU_CASES, HEAD_GPU_CASES, HEAD_QUICK_CASES, HeadCase, measure_head
-from measure import OVERHEAD_CASE, measure, overhead
+from measure import OVERHEAD_CASE, measure, overhead, statistics
 from memory import touch
 from opponents import OPPONENTS, check_plain_formulas
 from records import RESULTS
@@ -51,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--cases", type=names, help="patterns of case names, comma-separated: '1:*,overhead*'")
-    parser.add_argument("--losses", type=names, help=f"of {', '.join(LOSSES)}")
+    parser.add_argument("--losses", type=names, help=f"of {', '.join((*LOSSES, STATISTICS))}")
     parser.add_argument("--backends", type=names, help=f"of {', '.join(backends.NAMES)}; default: every usable one")
     parser.add_argument("--opponents", type=names, help=f"of {', '.join(OPPONENTS)}")
     parser.add_argument("--modes", type=names, help="of inplace, separate, reused, forward, two_phase")
@@ -113,6 +113,9 @@ def records(options: argparse.Namespace, device: torch.device) -> Iterator[dict[
                         yield from measure_shards(case, device, few)
                     continue
                 problem = make_problem(case, loss, dtype, device)
+                if loss == STATISTICS:
+                    yield from statistics(problem, chosen, repeats)
+                    continue
                 for group, modes in GROUPS.items():
                     modes = keep(keep(modes, case.modes), options.modes)
                     if modes:
@@ -135,6 +138,8 @@ def line(record: dict[str, Any]) -> str:
             parts.append(f"{record['ratio_to_floor']:6.2f} x products and loss, {record['peak_bytes'] / 1e6:.0f} MB")
         if record.get("speedup_over_torch") is not None:
             parts.append(f"{record['speedup_over_torch']:6.2f} x torch's speed")
+        if record.get("ratio_to_entropy") is not None:
+            parts.append(f"{record['ratio_to_entropy']:6.2f} x logprobs and entropy")
         if record.get("speedup") is not None:
             parts.append(f"{record['speedup']:6.2f} x eager's speed")
         if record.get("overhead_us") is not None:

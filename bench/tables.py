@@ -206,6 +206,24 @@ def shards(device: Device) -> tuple[str, list[Record]]:
     return markdown(["cross entropy", *(case.removeprefix("shard ") for case in cases)], rows), records
 
 
+def statistics(device: Device) -> tuple[str, list[Record]]:
+    """What a row says beside its target's logprob, as a multiple of logprobs and entropy in the same run."""
+    records = [r for r in where(device, group="statistics") if r["mode"] != "floor"]
+    columns = distinct(records, "case", "dtype")
+    rows = [
+        [f"{mode} ({backend})"]
+        + [
+            cell(
+                where(records, mode=mode, backend=backend, case=case, dtype=dtype),
+                lambda r: f"{number(r['median_ms'])} ms, {r['ratio_to_entropy']:.2f}",
+            )
+            for case, dtype in columns
+        ]
+        for mode, backend in distinct(records, "mode", "backend")
+    ]
+    return markdown(["", *(f"{case.removesuffix(', statistics')} {dtype}" for case, dtype in columns)], rows), records
+
+
 def gpu_times(device: Device) -> tuple[str, list[Record]]:
     """Milliseconds and, in brackets, multiples of the copy (forward only: of the read) in the same run."""
     records = [
@@ -296,12 +314,14 @@ TABLES: dict[str, tuple[str, Table]] = {
     "cpu-modes": ("cpu", cpu_modes),
     "cpu-losses": ("cpu", cpu_losses),
     "cpu-terms": ("cpu", terms),
+    "cpu-statistics": ("cpu", statistics),
     "cpu-memory": ("cpu", memory_and_errors),
     "cpu-overhead": ("cpu", overhead),
     "cpu-heads": ("cpu", heads),
     "cpu-shards": ("cpu", shards),
     "gpu": ("cuda", gpu_times),
     "gpu-terms": ("cuda", terms),
+    "gpu-statistics": ("cuda", statistics),
     "gpu-latency": ("cuda", gpu_latency),
     "gpu-memory": ("cuda", memory_and_errors),
     "gpu-overhead": ("cuda", overhead),

@@ -26,7 +26,7 @@ namespace py = pybind11;
     apply(weights) apply(plain) apply(objective) apply(name) apply(inputs) apply(denominator) apply(vocab) apply(all_logprobs)   \
     apply(terms) apply(importance_weights) apply(ref_logprobs) apply(kl_coef) apply(entropy_coef)                   \
     apply(log_ratio_clamp) apply(label_smoothing) apply(z_loss) apply(kl_type) apply(kl_weighted_by_ratio)          \
-    apply(entropy)
+    apply(entropy) apply(statistics)
 // clang-format on
 
 struct Objectives {
@@ -262,6 +262,7 @@ inline Terms terms(PyObject* record, int64_t n) {
     out.kl_type = kl_type == Py_None ? Kl::none : static_cast<Kl>(id_in(py.kl_ids, kl_type, py.kl_type));
     out.kl_weighted_by_ratio = flag(field(record, py.kl_weighted_by_ratio));
     out.entropy = flag(field(record, py.entropy));
+    out.statistics = flag(field(record, py.statistics));
     return out;
 }
 
@@ -292,14 +293,12 @@ inline Problem problem(PyObject* record, int64_t n, const float* loss = nullptr)
 inline bool averages(const Problem& problem, const float* loss) { return loss && problem.denominator.data == loss; }
 
 inline LogprobsTable logprobs(PyObject* object, const Problem& problem, int64_t n) {
-    const int64_t num = problem.targets.num;
-    return {floats(object, problem.plain ? n : (num + 1) * n, python().logprobs), n, num};
+    return {floats(object, problem.logprobs_rows() * n, python().logprobs), n, problem.targets.num};
 }
 
 template <class Float>
-StatsTable<Float> stats(PyObject* record, bool plain, int64_t num, int64_t n) {
-    PyObject* table = field(record, python().table);
-    return {floats(table, (plain ? 3 : num + 4) * n, python().stats), n, num};
+StatsTable<Float> stats(PyObject* record, int64_t rows, int64_t num, int64_t n) {
+    return {floats(field(record, python().table), rows * n, python().stats), n, num};
 }
 
 template <class Float>
@@ -348,7 +347,7 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
     m.def("stats", [](py::handle logits_arg, py::handle record, py::handle stats_arg, uintptr_t stream) {
         const Rows logits = matrix(logits_arg.ptr(), python().logits);
         const Problem asked = problem(record.ptr(), logits.n);
-        run(StatsParams{logits, asked, stats<float>(stats_arg.ptr(), asked.plain, asked.targets.num, logits.n)},
+        run(StatsParams{logits, asked, stats<float>(stats_arg.ptr(), asked.stats_rows(), asked.targets.num, logits.n)},
             stream);
     });
     m.def("objective", [](py::handle stats_arg, py::handle record, py::handle logprobs_arg, py::handle row_losses,
@@ -356,7 +355,9 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const int64_t n = tokens_of(record.ptr());
         float* const into = loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss);
         const Problem asked = problem(record.ptr(), n, into);
-        run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.plain, asked.targets.num, n),
+        if (asked.terms.statistics && !asked.targets.single())
+            refuse(python().statistics, "are of one target per token");
+        run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.stats_rows(), asked.targets.num, n),
                             logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
                             coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into, averages(asked, into)},
             stream);
@@ -367,7 +368,7 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const Targets asked = targets(targets_arg.ptr(), logits.n);
         const bool plain = has_one_row(field(coefficients_arg.ptr(), python().table));
         run(GradParams{logits, gradient_of(logits, gradient.ptr()), asked, transform(transform_arg.ptr(), logits.n),
-                       stats<const float>(stats_arg.ptr(), plain, asked.num, logits.n),
+                       stats<const float>(stats_arg.ptr(), plain ? 3 : asked.num + 4, asked.num, logits.n),
                        coefficients<const float>(coefficients_arg.ptr(), plain, logits.n),
                        column(upstream.ptr(), logits.n, python().upstream), plain},
             stream);

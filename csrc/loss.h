@@ -108,6 +108,16 @@ FL_HD RowSeen row_seen(float z_max, const Softmax& softmax, float logp, float wh
             softmax.log_total + softmax.lead - drift / static_cast<float>(vocab)};
 }
 
+// Of one target. squares: sum_{j != t} e^(2 (z_j - M)); drift, vocab: as above; top1: 1 or 0, of the logits.
+FL_HD Statistics statistics_of(float maximum, const Softmax& softmax, float squares, float drift, int64_t vocab,
+                               float top1) {
+    if (softmax.logprob() != softmax.logprob()) return {NAN, NAN, 0.f};
+    // What underflows is nothing beside rest, of which it is the square or less.
+    const float others = expf(-2.f * softmax.lead) * squares, own = softmax.own;
+    const float log_squares = own == 1.f ? log1pf(others) : logf(others + own * own);
+    return {log_squares - 2.f * softmax.log_total, maximum + drift / static_cast<float>(vocab), top1};
+}
+
 struct TokenLoss {
     float value;  // weight * loss; exactly 0 for an inactive token
     Coefficients by;

@@ -89,7 +89,8 @@ struct TermsOf {
     float z_loss;
     Kl kl_type;
     bool kl_weighted_by_ratio;
-    bool entropy;  // H is asked for, as an output or because it has a coefficient
+    bool entropy;     // H is asked for, as an output or because it has a coefficient
+    bool statistics;  // all that fused_losses.statistics gives is asked for, of one target; then H is, too
 };
 using Terms = TermsOf<Column>;
 
@@ -105,6 +106,10 @@ struct ProblemOf {
     int64_t vocab;         // the number of classes, which the rows at hand need not have all of
     bool all_logprobs;     // read tokens of weight 0 too, for their logprob
     bool plain;            // one target, no softcap, no terms: kernels of their own
+
+    // Of the tables below.
+    FL_HD int64_t stats_rows() const { return plain ? 3 : targets.num + (terms.statistics ? 6 : 4); }
+    FL_HD int64_t logprobs_rows() const { return plain ? 1 : targets.num + (terms.statistics ? 4 : 1); }
 
     // A token whose targets are ignored or whose weight is 0 is inactive: select, never multiply, so that NaN and inf
     // in it stay there. row: of the numbers; aim: of the targets, the same but for a few tokens at hand.
@@ -122,14 +127,17 @@ using Problem = ProblemOf<Targets, Column>;
 
 // ---- Tables that stages hand on: one column per token, so that neighbours lie side by side -------------------------
 
-// (3, N), where the problem is not plain (K + 4, N). With a single target, its element is left out of maximum, sum and
-// moment, so that 1 - p of a sure target is made of what is small (Softmax in loss.h). d_j = z_j - z(maximum).
+// (3, N), where the problem is not plain (K + 4, N), with statistics (K + 6, N). With a single target, its element is
+// left out of maximum, sum, moment and squares, so that 1 - p of a sure target is made of what is small (Softmax in
+// loss.h). d_j = z_j - z(maximum).
 //
 //     maximum   of the raw logits, at least -FLT_MAX; of a single target whose row has no other mass, its own logit
 //     sum       sum_j e^d_j
 //     targets   the raw logits of the K targets; NaN for a target outside [0, V)
 //     moment    sum_j e^d_j d_j, 0 unless terms.entropy
-//     drift     sum_j d_j over all elements, 0 unless labels are smoothed
+//     drift     sum_j d_j over all elements, 0 unless labels are smoothed or terms.statistics
+//     squares   sum_j e^(2 d_j)
+//     top1      1 where the target's raw logit is the first of the row's largest, else 0
 //
 // Zeros where the token was not read.
 template <class Float>
@@ -143,6 +151,8 @@ struct StatsTable {
     FL_HD Float& target(int64_t row, int64_t k = 0) const { return data[(2 + k) * n + row]; }
     FL_HD Float& moment(int64_t row) const { return data[(2 + num) * n + row]; }
     FL_HD Float& drift(int64_t row) const { return data[(3 + num) * n + row]; }
+    FL_HD Float& squares(int64_t row) const { return data[(4 + num) * n + row]; }
+    FL_HD Float& top1(int64_t row) const { return data[(5 + num) * n + row]; }
 };
 
 // The derivatives by x, H and lse, each times weight / denominator, and that by every z_j alike. All 0: the row's
@@ -162,7 +172,14 @@ struct CoefficientsTable {
     FL_HD Float& at(int64_t row, int i = 0) const { return data[i * n + row]; }  // i: 0 g, 1 h, 2 zeta, 3 s
 };
 
-// (N,); where the problem is not plain (K + 1, N): the logprob of each target, then H. 0 where the token was not read.
+// What statistics add to a token's logprob and H: log sum_j p_j^2, mean_j z_j, and 1 where the target is the first of
+// the most likely, else 0.
+struct Statistics {
+    float log_sum_squares, mean_logit, top1;
+};
+
+// (N,); where the problem is not plain (K + 1, N): the logprob of each target, then H; with statistics (K + 4, N),
+// these last. 0 where the token was not read.
 struct LogprobsTable {
     float* data;
     int64_t n;
@@ -170,6 +187,11 @@ struct LogprobsTable {
 
     FL_HD float& target(int64_t row, int64_t k = 0) const { return data[k * n + row]; }
     FL_HD float& entropy(int64_t row) const { return data[num * n + row]; }
+    FL_HD void store(int64_t row, const Statistics& seen) const {
+        data[(num + 1) * n + row] = seen.log_sum_squares;
+        data[(num + 2) * n + row] = seen.mean_logit;
+        data[(num + 3) * n + row] = seen.top1;
+    }
 };
 
 // ---- One struct per stage ------------------------------------------------------------------------------------------

@@ -6,9 +6,21 @@ from . import aggregation, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
 from .linear_head import LinearHead
-from .losses import cispo, cross_entropy, dro, gmpo, gspo, importance_sampling, logprobs, policy_loss, ppo, sapo
+from .losses import (
+    cispo,
+    cross_entropy,
+    dro,
+    gmpo,
+    gspo,
+    importance_sampling,
+    logprobs,
+    policy_loss,
+    ppo,
+    sapo,
+    statistics,
+)
 from .objectives import Objective
-from .outputs import Outputs
+from .outputs import Outputs, Statistics
 from .sequences import segment_expand, segment_mean, segment_sum
 from .version import __version__
 from .vocab_shard import VocabShard
@@ -23,6 +35,7 @@ __all__ = [
     "LinearHead",
     "Objective",
     "Outputs",
+    "Statistics",
     "VocabShard",
     "__version__",
     "aggregation",
@@ -43,5 +56,6 @@ __all__ = [
     "segment_expand",
     "segment_mean",
     "segment_sum",
+    "statistics",
     "truncated_importance_weights",
 ]

@@ -4,7 +4,7 @@ run on the result. The functions of losses.py call these, one each."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .head import Head
 from .logits import Logits
 from .objectives import OBJECTIVES, Objective
 from .origin import Origin
-from .outputs import Call, Outputs
+from .outputs import Call, Outputs, Statistics
 from .problem import (
     BackendName,
     Column,
@@ -27,6 +27,7 @@ from .problem import (
     Problem,
     Reduction,
     Sequences,
+    StatisticName,
     Targets,
     Terms,
     Transform,
@@ -172,9 +173,48 @@ def logprobs(
     target_tokens: Tensor,
     transform: Transform,
     ignore_index: int,
+    inplace: bool,
     backend: BackendName,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    terms = Terms(entropy=bool(return_entropy))
+    logp, *entropy = _observed(logits, target_tokens, terms, transform, ignore_index, inplace, backend)
+    return (logp, entropy[0]) if return_entropy else logp
+
+
+def statistics(
+    logits: Tensor | Origin,
+    target_tokens: Tensor,
+    outputs: Sequence[StatisticName],
+    transform: Transform,
+    ignore_index: int,
+    inplace: bool,
+    backend: BackendName,
+) -> Statistics:
+    asked = checks.outputs(outputs)
+    beyond = not {"logprobs", "entropy"}.issuperset(asked)
+    terms = Terms(entropy=beyond or "entropy" in asked, statistics=beyond)
+    rows = _observed(logits, target_tokens, terms, transform, ignore_index, inplace, backend)
+    logp, entropy, log_sum_squares, mean_logit, top1 = (*rows, None, None, None, None)[:5]
+    return Statistics(
+        logp if "logprobs" in asked else None,
+        entropy if "entropy" in asked else None,
+        log_sum_squares if "log_sum_squares" in asked else None,
+        mean_logit if "mean_logit" in asked else None,
+        top1 != 0 if top1 is not None and "top1" in asked else None,
+    )
+
+
+def _observed(
+    logits: Tensor | Origin,
+    target_tokens: Tensor,
+    terms: Terms,
+    transform: Transform,
+    ignore_index: int,
+    inplace: bool,
+    backend: BackendName,
+) -> tuple[Tensor, ...]:
+    """The rows of Logprobs that the terms ask for, in the targets' shape."""
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     problem = Problem(
         targets=Targets(tokens, checks.index("ignore_index", ignore_index, target_tokens.dtype)),
@@ -182,17 +222,20 @@ def logprobs(
         weights=1.0,
         objective=OBJECTIVES["logprobs"],
         inputs=(),
-        terms=Terms(entropy=bool(return_entropy)),
+        terms=terms,
         denominator=1.0,
         vocab=logits.shape[-1],
         all_logprobs=False,
     )
-    how = How(backend=checks.backend(backend))
-    if not return_entropy:
-        logp, _ = _in_a_graph_or_not(logits, _stages)(logits, problem, how, False)
-        return logp.view(target_tokens.shape)
-    logp, entropy = _in_a_graph_or_not(logits, _logprobs_and_entropy)(logits, problem, how)
-    return logp.view(target_tokens.shape), entropy.view(target_tokens.shape)
+    how = How(inplace=bool(inplace), backend=checks.backend(backend))
+    if how.inplace and isinstance(logits, Origin):
+        logits.overwritten()  # or it says why not
+    if how.inplace and stages.wants_gradient(_made_of(logits)):
+        checks.overwritable(logits)
+    else:  # nothing is written
+        how = how._replace(inplace=False)
+    rows = _in_a_graph_or_not(logits, _rows_observed)(logits, problem, how)
+    return tuple(row.view(target_tokens.shape) for row in rows)
 
 
 # ---- One problem for all tokens ----
@@ -260,17 +303,25 @@ def _stages(logits: Tensor | Origin, problem: Problem, how: How, reduce: bool) -
     return stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute)
 
 
-def _logprobs_and_entropy(logits: Tensor | Origin, problem: Problem, how: How) -> tuple[Tensor, Tensor]:
+def _rows_observed(logits: Tensor | Origin, problem: Problem, how: How) -> tuple[Tensor, ...]:
+    """The rows of Logprobs, each a tensor of its own."""
     source, inputs = _source(logits, problem, how), _made_of(logits)
+    if how.inplace and isinstance(source, ops.Watched):  # a graph has the logits as they were before its backward
+        raise ValueError(
+            "inplace=True of logprobs and statistics writes over the logits in backward, which torch.compile, other "
+            "tracers and tensor subclasses do not allow: pass inplace=False there"
+        )
+    if not problem.terms.entropy:
+        logp, _ = stages.run(source, inputs, problem, reduce=False, recompute=False)
+        return (logp,)
     if stages.wants_gradient(inputs):
-        return stages.LogprobsAndEntropy.apply(source, problem, *inputs)
-    seen = Logprobs(source.forward(inputs, problem, False).logprobs)
-    return seen.targets(), seen.entropy()
+        return stages.Observed.apply(source, problem, *inputs)
+    return source.forward(inputs, problem, False).logprobs.unbind()
 
 
 _APART = "a fused loss of a vocabulary that is sharded, or with weight_grad, is in no graph"
 _APART_OF: dict[Callable[..., Any], Callable[..., Any]] = {
-    function: torch.compiler.disable(function, reason=_APART) for function in (_stages, _logprobs_and_entropy)
+    function: torch.compiler.disable(function, reason=_APART) for function in (_stages, _rows_observed)
 }
 
 
@@ -406,7 +457,7 @@ def _composed(
         sequences = sequences._replace(sequence_ratio_mask=mask)
 
     def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        seen = logprobs(logits, target_tokens, transform, ignore_index, how.backend, with_entropy)
+        seen = logprobs(logits, target_tokens, transform, ignore_index, False, how.backend, with_entropy)
         return seen if isinstance(seen, tuple) else (seen, None)
 
     return composition.composed(

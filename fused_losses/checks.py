@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .backends import NAMES
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
 from .origin import Origin
-from .problem import BackendName, Column, Problem
+from .problem import BackendName, Column, Problem, StatisticName
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -237,6 +237,19 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {listed}, got {value!r}")
 
 
+def outputs(names: Sequence[StatisticName]) -> Sequence[StatisticName]:
+    """Those of ``statistics``: any of them, each once."""
+    known = get_args(StatisticName)
+    if not isinstance(names, tuple | list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"outputs must be a tuple or a list of some of {known}, got {names!r}")
+    for at, name in enumerate(names):
+        if name not in known:
+            raise ValueError(f"outputs must be some of {known}, got {name!r}")
+        if name in names[:at]:
+            raise ValueError(f"outputs must name each once, got {name!r} twice")
+    return names
+
+
 def backend(name: BackendName) -> BackendName:
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
@@ -247,6 +260,11 @@ def inplace(logits: Tensor | Origin, reduction: str, recompute: bool) -> None:
     if reduction == "none" or recompute:
         cause = 'reduction="none"' if reduction == "none" else "recompute=True"
         raise ValueError(f"inplace=True makes the gradient in forward, {cause} makes it in backward: choose one")
+    overwritable(logits)
+
+
+def overwritable(logits: Tensor | Origin) -> None:
+    """Raise unless ``inplace=True`` can write a gradient over the logits."""
     if isinstance(logits, Origin):
         logits = logits.overwritten()
     if logits.is_leaf:

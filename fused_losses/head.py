@@ -79,7 +79,9 @@ class Head(NamedTuple):
 
     def forward(self, inputs: tuple[Tensor, ...], problem: Problem, reduce: bool) -> Forward:
         backend = self._ready(inputs, problem)
-        stats = Stats(_zeros(stats_shape(problem.n, problem.targets.num, problem.plain), inputs[0]))
+        statistics = problem.terms.statistics
+        shape = stats_shape(problem.n, problem.targets.num, problem.plain, statistics)
+        stats = Stats(_zeros(shape, inputs[0]), statistics)
         with self._without_autocast(inputs):
             chunks = self._chunks(problem)
             products = Products(self, inputs, len(chunks))

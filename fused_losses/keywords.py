@@ -353,6 +353,23 @@ _TABLE = (
         """return ``(logprobs, entropy)``; entropy is -sum_j p_j log p_j with p = softmax(z), of the same read and with
         a gradient, too.""",
     ),
+    # ---- Of statistics ----
+    Keyword(
+        "outputs",
+        "Sequence[StatisticName]",
+        ("logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"),
+        """a tuple or a list of what is asked for, each once. Default: all five.
+
+        * "logprobs": log p_t, the logprob of the target t
+
+        * "entropy": -sum_j p_j log p_j
+
+        * "log_sum_squares": log sum_j p_j^2
+
+        * "mean_logit": mean_j z_j, -inf where a logit is
+
+        * "top1": whether the target is the most likely class; of several with the same logit, the first is.""",
+    ),
 )
 KEYWORDS = {keyword.name: keyword for keyword in _TABLE}
 
@@ -378,8 +395,17 @@ _RAISES = {
 }
 
 
+# Of the functions that are no losses.
+_IN_BACKWARD = """in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+    buffer; backward then runs once. Not under torch.compile."""
+_RAISES_OF_ROWS = {
+    "TypeError, ValueError": _WRONG,
+    "RuntimeError": "the named backend can't run here; or a second backward with ``inplace=True``.",
+}
+
+
 class Loss(NamedTuple):
-    """A public function. ``logprobs`` is one of them, too, though no loss."""
+    """A public function. ``logprobs`` and ``statistics`` are among them, too, though no losses."""
 
     name: str
     head: str  # of the docstring: what it is, its formula, its source
@@ -388,7 +414,7 @@ class Loss(NamedTuple):
     words: Mapping[str, str] = {}  # instead of the keyword's
     more: Mapping[str, str] = {}  # after the keyword's
     call: str = "policy"  # the function of call.py that it calls; one that serves several gets the loss's name
-    flag: str = "return_outputs"  # the keyword with which it returns a pair
+    flag: str = "return_outputs"  # the keyword with which it returns a pair; "": it returns no tensor, but ``second``
     second: str = "Outputs"  # the type of that pair's second
     returns: str = _RETURNS
     raises: Mapping[str, str] = _RAISES
@@ -510,18 +536,44 @@ _FUNCTIONS = (
         "logprobs",
         """Logprob of each target, ``log_softmax(z)[target]`` with z the transformed logits, from one read of the
         logits.""",
-        (*_ROWS, "return_entropy", *_TRANSFORM, "ignore_index", "backend"),
+        (*_ROWS, "return_entropy", *_TRANSFORM, "ignore_index", "inplace", "backend"),
         words={
             "ignore_index": """target of tokens to leave out: logprob 0, entropy 0, gradient 0.
             Default {ignore_index}.""",
+            "inplace": _IN_BACKWARD,
             "backend": '"auto", "cuda", "triton", "cpu" or "eager", as for the losses.',
         },
         call="logprobs",
         flag="return_entropy",
         second="Tensor",
         returns="""(...) float32, differentiable. Backward reads the logits again and takes any upstream gradient, more
-        than once if asked.""",
-        raises={"TypeError, ValueError": _WRONG, "RuntimeError": "the named backend can't run here."},
+        than once if asked, unless ``inplace=True``.""",
+        raises=_RAISES_OF_ROWS,
+    ),
+    Loss(
+        "statistics",
+        """What a row says of its target and of itself, from one read of the logits: with z the transformed logits and
+        p = softmax(z) the logprob of the target, the entropy, ``log sum_j p_j^2``, ``mean_j z_j`` and whether the
+        target is the most likely class.
+
+        ``sum_j p_j^2`` is what the squared norm of the logits' gradient is made of,
+        ``|grad logp|^2 = 1 - 2 p_t + sum_j p_j^2`` (at temperature 1): for the optimal token baseline, Li et al., "The
+        Optimal Token Baseline", 2026, https://arxiv.org/abs/2602.07078, and for the weights of WPO, Zhou et al., "WPO:
+        Enhancing RLHF with Weighted Preference Optimization", 2024, https://arxiv.org/abs/2406.11827.""",
+        (*_ROWS, "outputs", *_TRANSFORM, "ignore_index", "inplace", "backend"),
+        words={
+            "ignore_index": """target of tokens to leave out, of which all numbers are 0, and top1 False.
+            Default {ignore_index}.""",
+            "inplace": _IN_BACKWARD,
+            "backend": '"auto", "cuda", "triton", "cpu" or "eager", as for the losses.',
+        },
+        call="statistics",
+        flag="",
+        second="Statistics",
+        returns="""A :class:`Statistics` with a (...) tensor for each of ``outputs``, bool for top1, else float32, and
+        None for the rest. logprobs and entropy are differentiable, by one backward together, as those of
+        :func:`logprobs` are; the others are detached. Where the logprob is NaN all are, and top1 is False.""",
+        raises=_RAISES_OF_ROWS,
     ),
 )
 LOSSES = {loss.name: loss for loss in _FUNCTIONS}
@@ -550,7 +602,9 @@ def signature(loss: str) -> inspect.Signature:
         )
         for name in LOSSES[loss].keywords
     ]
-    return inspect.Signature(parameters, return_annotation=f"Tensor | tuple[Tensor, {LOSSES[loss].second}]")
+    function = LOSSES[loss]
+    returned = f"Tensor | tuple[Tensor, {function.second}]" if function.flag else function.second
+    return inspect.Signature(parameters, return_annotation=returned)
 
 
 # ---- Docstrings ----
@@ -581,7 +635,7 @@ def docstring(loss: str) -> str:
 def _shown(default: object) -> str:
     if isinstance(default, str):
         return f'"{default}"'
-    return str(default) if default is None or isinstance(default, bool) else f"{default:g}"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _entry(name: str, words: str) -> str:

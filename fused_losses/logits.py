@@ -26,7 +26,7 @@ class Logits(NamedTuple):
     layout: Layout | None = None  # of a vocabulary that is sharded
 
     def ways(self) -> Ways:
-        return Ways()
+        return Ways(inplace=self.inplace)
 
     def loss_and_grad(
         self, inputs: tuple[Tensor, ...], problem: Problem
@@ -59,8 +59,13 @@ class Logits(NamedTuple):
         upstream: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (logits,) = inputs
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        self._backend(logits).grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
+        if self.inplace:
+            gradient = logits.detach()
+            self._backend(logits).grad(gradient, targets, transform, stats, coefficients, upstream, gradient)
+            torch.autograd.graph.increment_version(gradient)  # as above
+        else:
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            self._backend(logits).grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
         return (gradient,)
 
     def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:

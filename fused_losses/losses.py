@@ -8,14 +8,14 @@ of problem.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from . import call
 from .objectives import Objective
-from .outputs import Outputs
+from .outputs import Outputs, Statistics
 from .problem import (
     BackendName,
     How,
@@ -25,6 +25,7 @@ from .problem import (
     Reduction,
     ReductionName,
     Sequences,
+    StatisticName,
     Transform,
 )
 
@@ -1776,6 +1777,7 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    inplace: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor: ...
 @overload
@@ -1788,6 +1790,7 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    inplace: bool = False,
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -1800,6 +1803,7 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    inplace: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def logprobs(
@@ -1811,6 +1815,7 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    inplace: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Logprob of each target, ``log_softmax(z)[target]`` with z the transformed logits, from one read of the logits.
@@ -1826,21 +1831,85 @@ def logprobs(
             temperature. Default None: no cap.
         logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
         ignore_index: target of tokens to leave out: logprob 0, entropy 0, gradient 0. Default -100.
+        inplace: in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+            buffer; backward then runs once. Not under torch.compile.
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:
         (...) float32, differentiable. Backward reads the logits again and takes any upstream gradient, more than once
-        if asked.
+        if asked, unless ``inplace=True``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
-        RuntimeError: the named backend can't run here.
+        RuntimeError: the named backend can't run here; or a second backward with ``inplace=True``.
     """
     return call.logprobs(
         logits,
         target_tokens,
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         ignore_index,
+        inplace,
         backend,
         return_entropy,
+    )
+
+
+def statistics(
+    logits: Tensor,
+    target_tokens: Tensor,
+    *,
+    outputs: Sequence[StatisticName] = ("logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"),
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    backend: BackendName = "auto",
+) -> Statistics:
+    """What a row says of its target and of itself, from one read of the logits: with z the transformed logits and p =
+    softmax(z) the logprob of the target, the entropy, ``log sum_j p_j^2``, ``mean_j z_j`` and whether the target is the
+    most likely class.
+
+    ``sum_j p_j^2`` is what the squared norm of the logits' gradient is made of, ``|grad logp|^2 = 1 - 2 p_t + sum_j
+    p_j^2`` (at temperature 1): for the optimal token baseline, Li et al., "The Optimal Token Baseline", 2026,
+    https://arxiv.org/abs/2602.07078, and for the weights of WPO, Zhou et al., "WPO: Enhancing RLHF with Weighted
+    Preference Optimization", 2024, https://arxiv.org/abs/2406.11827.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        outputs: a tuple or a list of what is asked for, each once. Default: all five.
+
+            * "logprobs": log p_t, the logprob of the target t
+            * "entropy": -sum_j p_j log p_j
+            * "log_sum_squares": log sum_j p_j^2
+            * "mean_logit": mean_j z_j, -inf where a logit is
+            * "top1": whether the target is the most likely class; of several with the same logit, the first is.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out, of which all numbers are 0, and top1 False. Default -100.
+        inplace: in backward, write the gradient over ``logits``, which must not be a leaf, instead of into a new
+            buffer; backward then runs once. Not under torch.compile.
+        backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
+
+    Returns:
+        A :class:`Statistics` with a (...) tensor for each of ``outputs``, bool for top1, else float32, and None for the
+        rest. logprobs and entropy are differentiable, by one backward together, as those of :func:`logprobs` are; the
+        others are detached. Where the logprob is NaN all are, and top1 is False.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward with ``inplace=True``.
+    """
+    return call.statistics(
+        logits,
+        target_tokens,
+        outputs,
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        ignore_index,
+        inplace,
+        backend,
     )

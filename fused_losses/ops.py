@@ -60,7 +60,8 @@ class Encoded(NamedTuple):
     columns: list[Tensor | None]  # temperature, weights, denominator, the terms' columns, the objective's
     values: list[float]  # what stands in where a column is None
     numbers: list[float]  # softcap or 0, label_smoothing, z_loss
-    flags: list[int]  # ignore_index, vocab, all_logprobs, kl_type, kl_weighted_by_ratio, entropy, no denominator
+    # ignore_index, vocab, all_logprobs, kl_type, kl_weighted_by_ratio, entropy, statistics, no denominator
+    flags: list[int]
     objective: str
     backend: str
     validate: bool
@@ -82,6 +83,7 @@ def encode(problem: Problem, backend: str, validate: bool) -> Encoded:
             _KL_TYPES.index(terms.kl_type),
             int(terms.kl_weighted_by_ratio),
             int(terms.entropy),
+            int(terms.statistics),
             int(denominator is None),
         ],
         objective.name,
@@ -96,7 +98,7 @@ def decode(encoded: Encoded) -> Problem:
     ]
     temperature, weights, denominator, importance_weights, ref_logprobs, kl_coef, entropy_coef, clamp = columns[:8]
     softcap, label_smoothing, z_loss = encoded.numbers
-    ignore_index, vocab, all_logprobs, kl_type, weighted, entropy, mean = encoded.flags
+    ignore_index, vocab, all_logprobs, kl_type, weighted, entropy, statistics, mean = encoded.flags
     return Problem(
         Targets(encoded.target_tokens, ignore_index, encoded.shares),
         Transform(temperature, softcap or None),
@@ -114,6 +116,7 @@ def decode(encoded: Encoded) -> Problem:
             _KL_TYPES[kl_type],
             bool(weighted),
             bool(entropy),
+            bool(statistics),
         ),
         None if mean else denominator,
         vocab,
@@ -220,11 +223,10 @@ def _fake_loss_and_grad_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor
 def _fake_forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rest, reduce = arguments
     problem, _, _ = _opened(rest)
-    n, num, plain = problem.n, problem.targets.num, problem.plain
-    shapes = (() if reduce else (n,), logprobs_shape(n, num, plain), coefficients_shape(n, plain))
-    loss, logprobs, coefficients, stats = (
-        logits.new_empty(shape, dtype=torch.float32) for shape in (*shapes, stats_shape(n, num, plain))
-    )
+    n, plain = problem.n, problem.plain
+    asked = n, problem.targets.num, plain, problem.terms.statistics
+    shapes = (() if reduce else (n,), logprobs_shape(*asked), coefficients_shape(n, plain), stats_shape(*asked))
+    loss, logprobs, coefficients, stats = (logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return loss, logprobs, coefficients, stats
 
 
@@ -422,7 +424,7 @@ class Watched(NamedTuple):
         loss, logprobs, coefficients, stats = _operators.forward(
             logits, *encode(problem, self.backend, self.validate), reduce
         )
-        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats))
+        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats, problem.terms.statistics))
 
     def grad(
         self,

@@ -1,4 +1,4 @@
-"""What ``return_outputs=True`` adds to a loss."""
+"""What ``return_outputs=True`` adds to a loss, and what ``statistics`` returns."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ class Call(NamedTuple):
     reduction: Reduction
     columns: Mapping[str, Column | None]  # the objective's, by name
     log_ratio: Tensor | None = None  # where it is not that of the token: of its sequence
+
+
+class Statistics(NamedTuple):
+    """What :func:`statistics` was asked for, of the targets' shape; None for the rest."""
+
+    logprobs: Tensor | None  # float32, differentiable
+    entropy: Tensor | None  # float32, differentiable
+    log_sum_squares: Tensor | None  # float32, detached, as mean_logit is
+    mean_logit: Tensor | None
+    top1: Tensor | None  # bool
 
 
 class Outputs(NamedTuple):

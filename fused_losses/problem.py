@@ -22,6 +22,7 @@ KlType = Literal["k1", "k2", "k3", "abs"]
 ReductionName = Literal["mean", "sum", "none"]
 BackendName = Literal["auto", "cuda", "triton", "cpu", "eager"]
 RatioGradient = Literal["token", "sequence"]
+StatisticName = Literal["logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"]  # in the order of Statistics
 
 
 def of_rows(column: Column, tokens: Selection) -> Column:
@@ -110,6 +111,7 @@ class Terms(NamedTuple):
     kl_type: KlType | None = None
     kl_weighted_by_ratio: bool = False
     entropy: bool = False  # H is asked for: as an output, or because it has a coefficient
+    statistics: bool = False  # all that `statistics` gives is asked for, of one target; then H is, too
 
     @property
     def plain(self) -> bool:
@@ -169,28 +171,34 @@ class Problem(NamedTuple):
 # ---- What stages hand on ----
 
 
-def stats_shape(n: int, targets: int, plain: bool) -> tuple[int, int]:
-    return 3 if plain else targets + 4, n
+def stats_shape(n: int, targets: int, plain: bool, statistics: bool = False) -> tuple[int, int]:
+    return 3 if plain else targets + (6 if statistics else 4), n
 
 
 def coefficients_shape(n: int, plain: bool) -> tuple[int, int]:
     return 1 if plain else 4, n
 
 
-def logprobs_shape(n: int, targets: int, plain: bool) -> tuple[int, ...]:
-    """A logprob per token; where the problem is not plain one per target, then the entropy."""
-    return (n,) if plain else (targets + 1, n)
+def logprobs_shape(n: int, targets: int, plain: bool, statistics: bool = False) -> tuple[int, ...]:
+    """A logprob per token; where the problem is not plain one per target, then the entropy, then the statistics."""
+    return (n,) if plain else (targets + (4 if statistics else 1), n)
 
 
 class Stats(NamedTuple):
-    """What stage 1 saw of the vocabulary: float32 (3, N), (K + 4, N) where the problem is not plain.
+    """What stage 1 saw of the vocabulary: float32 (3, N), (K + 4, N) where the problem is not plain, and with
+    statistics (K + 6, N).
 
-    With one target per token, its element is left out of maximum, sum and moment, so that 1 - p of a sure target is
-    made of what is small, and not of a difference: see docs/mathematics.md. d_j = z_j - z(maximum). Zeros where the
-    token was not read.
+    With one target per token, its element is left out of maximum, sum, moment and squares, so that 1 - p of a sure
+    target is made of what is small, and not of a difference: see docs/mathematics.md. d_j = z_j - z(maximum). Zeros
+    where the token was not read.
     """
 
     table: Tensor
+    statistics: bool = False  # whether squares and top1 are there
+
+    def of_gradient(self) -> Stats:
+        """What stage 3 takes: (3, N) or (K + 4, N)."""
+        return Stats(self.table[:-2]) if self.statistics else self
 
     @property
     def maximum(self) -> Tensor:
@@ -205,21 +213,33 @@ class Stats(NamedTuple):
     @property
     def targets(self) -> Tensor:
         """(K, N): the targets' raw logits; NaN for a target outside [0, V)."""
-        return self.table[2:3] if self.table.shape[0] == 3 else self.table[2:-2]
+        return self.table[2:3] if self.table.shape[0] == 3 else self.of_gradient().table[2:-2]
 
     @property
     def moment(self) -> Tensor:
         """sum_j e^d_j d_j, 0 unless the entropy is asked for. Only where the problem is not plain."""
-        return self.table[-2]
+        return self.of_gradient().table[-2]
 
     @property
     def drift(self) -> Tensor:
-        """sum_j d_j over all elements, 0 unless labels are smoothed. Only where the problem is not plain."""
+        """sum_j d_j over all elements, 0 unless labels are smoothed or statistics asked for. Only where the problem is
+        not plain."""
+        return self.of_gradient().table[-1]
+
+    @property
+    def squares(self) -> Tensor:
+        """sum_j e^(2 d_j). Only with statistics."""
+        return self.table[-2]
+
+    @property
+    def top1(self) -> Tensor:
+        """1 where the target's raw logit is the first of the row's largest, else 0. Only with statistics."""
         return self.table[-1]
 
 
 class Logprobs(NamedTuple):
-    """What a token's row gave, in the shape of :func:`logprobs_shape`; 0 where it was not read.
+    """What a token's row gave, in the shape of :func:`logprobs_shape`; 0 where it was not read. With statistics the
+    last three rows are log sum_j p_j^2, mean_j z_j, and 1 where the target is the first of the most likely, else 0.
 
     Functions, where the records above have properties: torch.compile of torch 2.10 traces no property of a record.
     """

@@ -18,7 +18,7 @@ from . import composition, keywords
 from .composition import PerToken
 from .objectives import OBJECTIVES, Objective
 from .origin import Origin
-from .outputs import Call, Outputs
+from .outputs import Call, Outputs, Statistics
 from .problem import Column, PolicyTerms, Reduction, Sequences, Terms, Transform
 from .terms import Seen, asked, row_loss
 
@@ -36,13 +36,7 @@ def token_stats(logits: Tensor, target_tokens: Tensor, transform: Transform, ign
     outside = ((targets < 0) | (targets >= logits.shape[-1])) & ~ignored
     nothing = ignored.all(-1)
     # An ignored row may hold NaN, and NaN * 0 in the backward of log_softmax is NaN: it must not get that far.
-    z = logits.masked_fill(nothing.unsqueeze(-1), 0.0) * transform.logit_scale
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
-    temperature = transform.temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
-    z = z / temperature
+    z = _transformed(logits.masked_fill(nothing.unsqueeze(-1), 0.0), transform)
     log_p = torch.log_softmax(z, -1)
     logp = log_p.gather(-1, targets.masked_fill(ignored | outside, 0).long()).masked_fill(ignored, 0.0)
     logp = logp * torch.where(outside, torch.nan, 1.0).to(logp.dtype)
@@ -50,6 +44,34 @@ def token_stats(logits: Tensor, target_tokens: Tensor, transform: Transform, ign
     lse = torch.logsumexp(z, -1)
     entropy, lse, spread = (t.masked_fill(nothing, 0.0) for t in (entropy, lse, -log_p.mean(-1)))
     return Seen(logp if several else logp.squeeze(-1), lse, entropy, spread, 1.0)
+
+
+def _transformed(logits: Tensor, transform: Transform) -> Tensor:
+    z = logits * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    temperature = transform.temperature
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).expand(logits.shape[:-1]).unsqueeze(-1)
+    return z / temperature
+
+
+def row_statistics(logits: Tensor, target_tokens: Tensor, transform: Transform, ignore_index: int) -> Statistics:
+    """All of them."""
+    seen = token_stats(logits, target_tokens, transform, ignore_index)
+    failed, ignored = torch.isnan(seen.logp), target_tokens == ignore_index
+    with torch.no_grad():
+        z = _transformed(logits.to(seen.logp.dtype), transform)
+        log_sum_squares = torch.logsumexp(2 * torch.log_softmax(z, -1), -1)
+        own = logits.gather(-1, target_tokens.masked_fill(ignored | failed, 0).long().unsqueeze(-1))
+        before = torch.arange(logits.shape[-1], device=logits.device) < target_tokens.unsqueeze(-1)
+        ahead = (logits > own) | ((logits == own) & before)
+        top1 = ~ahead.any(-1) & (own.squeeze(-1) > -torch.inf) & ~failed & ~ignored
+        log_sum_squares, mean = (
+            t.masked_fill(failed, torch.nan).masked_fill(ignored, 0.0) for t in (log_sum_squares, z.mean(-1))
+        )
+    entropy = seen.entropy * torch.where(failed, torch.nan, 1.0)
+    return Statistics(seen.logp, entropy, log_sum_squares, mean, top1)
 
 
 class _Asked(NamedTuple):
@@ -68,6 +90,7 @@ class _Asked(NamedTuple):
     objective: Any  # of policy_loss
     inputs: tuple[Any, ...]
     return_entropy: bool  # of logprobs
+    outputs: tuple[str, ...]  # of statistics
 
 
 def _asked(loss: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Asked:
@@ -93,6 +116,7 @@ def _asked(loss: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Asked:
         said.get("objective"),
         said.get("inputs", ()),
         said.get("return_entropy", False),
+        said.get("outputs", ()),
     )
 
 
@@ -226,4 +250,10 @@ def _logprobs(given: _Asked) -> Any:
     return (seen.logp, seen.entropy) if given.return_entropy else seen.logp
 
 
+def _statistics(given: _Asked) -> Any:
+    seen = row_statistics(given.logits, given.target_tokens, given.transform, given.reduction.ignore_index)
+    return Statistics(*(one if name in given.outputs else None for name, one in seen._asdict().items()))
+
+
 logprobs = _loss(_logprobs, "logprobs")
+statistics = _loss(_statistics, "statistics")

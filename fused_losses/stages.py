@@ -33,6 +33,7 @@ class Ways(NamedTuple):
 
     one_pass: bool = True  # make the gradient in forward, for a loss that is reduced
     row_by_row: bool = False  # and for one that is not: what a token's upstream gradient multiplies is one row
+    inplace: bool = False  # write a gradient over its input, which it then is until somebody changes it
 
 
 class Source(Protocol):
@@ -184,20 +185,25 @@ class TwoPhase(torch.autograd.Function):
         return None, None, None, *kept.gradient(kept.coefficients, upstream.expand(n))
 
 
-class LogprobsAndEntropy(torch.autograd.Function):
-    """apply(source, problem, *inputs) -> (logprobs, entropy), two phase, either with a gradient."""
+class Observed(torch.autograd.Function):
+    """apply(source, problem, *inputs) -> the rows of Logprobs, two phase: logprob and entropy with a gradient each, and
+    where statistics are asked for what these add, without."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, source: Source, problem: Problem, *inputs: Tensor) -> tuple[Tensor, ...]:
         seen = source.forward(inputs, problem, False)
         _keep(ctx, source, problem, inputs, seen)
         ctx.set_materialize_grads(False)
-        logprobs, entropy = seen.logprobs.unbind()
-        return logprobs.clone(), entropy.clone()  # not views of one tensor: either may be modified
+        rows = tuple(row.clone() for row in seen.logprobs.unbind())  # not views of one tensor: each may be modified
+        ctx.mark_non_differentiable(*rows[2:])
+        return rows
 
     @staticmethod
     @_once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream = upstream[:2]
+        if upstream == (None, None):
+            return None, None, *(None for _ in range(ctx.inputs))
         kept = _kept(ctx)
         own = kept.coefficients.by_logprob()
         zero = torch.zeros_like(own)
@@ -226,16 +232,23 @@ class _Kept(NamedTuple):
 def _keep(ctx: Any, source: Source, problem: Problem, inputs: tuple[Tensor, ...], seen: Forward) -> None:
     targets, transform = problem.targets, problem.transform
     temperature = transform.temperature if isinstance(transform.temperature, Tensor) else None
-    tensors = (targets.tokens, targets.shares, temperature, seen.stats.table, seen.coefficients.table)
+    stats = seen.stats.of_gradient()
+    tensors = (targets.tokens, targets.shares, temperature, stats.table, seen.coefficients.table)
     ctx.save_for_backward(*tensors, *inputs)
-    ctx.source, ctx.inputs = source, len(inputs)
+    ctx.source, ctx.inputs, ctx.written_over = source, len(inputs), False
     ctx.ignore_index = targets.ignore_index
     ctx.transform = transform if temperature is None else transform._replace(temperature=1.0)
 
 
 def _kept(ctx: Any) -> _Kept:
+    if ctx.written_over:
+        raise RuntimeError(
+            "a second backward through logprobs or statistics with inplace=True: the first one wrote its gradient over "
+            "the logits. Pass inplace=False to run backward more than once."
+        )
     # once: under activation checkpointing and offloading each access makes the tensors again
     tokens, shares, temperature, stats, coefficients, *inputs = ctx.saved_tensors
+    ctx.written_over = ctx.source.ways().inplace
     transform = ctx.transform if temperature is None else ctx.transform._replace(temperature=temperature)
     targets = Targets(tokens, ctx.ignore_index, shares)
     return _Kept(ctx.source, tuple(inputs), targets, transform, Stats(stats), Coefficients(coefficients))

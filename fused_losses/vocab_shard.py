@@ -225,7 +225,7 @@ class Sharded:
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
         here = problem._replace(targets=self._targets(problem.targets))
-        table = self.backend.stats(logits[..., : self.layout.here], here).table
+        table = self.backend.stats(logits[..., : self.layout.here], here).table  # gathered as one tensor
         return joined(gathered(table, self.layout), problem, self.layout)
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
@@ -281,8 +281,10 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
         sum_j e^d_j         e^delta_r S_r
         sum_j e^d_j d_j     e^delta_r (moment_r + delta_r S_r)
         sum_j d_j           drift_r + C_r delta_r
+        sum_j e^(2 d_j)     e^(2 delta_r) squares_r
     """
-    stats = Stats(parts.transpose(0, 1))  # a number: (R, N)
+    terms = problem.terms
+    stats = Stats(parts.transpose(0, 1), terms.statistics)  # a number: (R, N)
     target = _targets_logits(parts, problem.targets, layout)
     empty = stats.sum == 0
     maximum = stats.maximum.masked_fill(empty, torch.finfo(torch.float32).min).amax(0)
@@ -292,28 +294,46 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
     grown = torch.exp(delta).masked_fill_(empty, 0.0)
     rows = [maximum, (grown * stats.sum).sum(0), *target.unbind(0)]
     if not problem.plain:
-        terms, nothing = problem.terms, torch.zeros_like(maximum)
+        nothing = torch.zeros_like(maximum)
         # where grown is 0 delta may be -inf
         moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0).clamp(min=_LOWEST))
         columns = _of_layout(layout, parts.device).columns[:, None]
         rows.append(moment.sum(0) if terms.entropy else nothing)
-        rows.append((stats.drift + columns * delta).sum(0) if terms.label_smoothing != 0 else nothing)
-    return Stats(torch.stack(rows).where(rows_to_read(problem), 0.0))
+        drifts = terms.statistics or terms.label_smoothing != 0
+        rows.append((stats.drift + columns * delta).sum(0) if drifts else nothing)
+    if terms.statistics:
+        rows += [(grown * grown * stats.squares).sum(0), _top1(stats, problem.targets, target[0], layout)]
+    return Stats(torch.stack(rows).where(rows_to_read(problem), 0.0), terms.statistics)
+
+
+def _top1(stats: Stats, targets: Targets, target: Tensor, layout: Layout) -> Tensor:
+    """Whether the target is its own part's first of the largest, no part before it has as large a logit, and none after
+    it a larger one."""
+    owner, first = _owner(targets.tokens, layout), _of_layout(layout, target.device).first
+    theirs = first[owner]
+    before, mine = first[:, None] < theirs, first[:, None] == theirs
+    beaten = torch.where(before, stats.maximum >= target, stats.maximum > target) & ~mine & (stats.sum != 0)
+    return stats.top1.gather(0, owner[None])[0].masked_fill(beaten.any(0), 0.0)
 
 
 def _targets_logits(parts: Tensor, targets: Targets, layout: Layout) -> Tensor:
     """(K, N): each from the rank that has it; NaN where none does."""
     tokens = (targets.tokens if targets.tokens.dim() == 2 else targets.tokens[:, None]).T
-    known = _of_layout(layout, parts.device)
-    owner = known.ranks[torch.bucketize(tokens, known.starts, right=True)]
-    found = parts[:, 2 : 2 + tokens.shape[0]].gather(0, owner[None])[0]
+    found = parts[:, 2 : 2 + tokens.shape[0]].gather(0, _owner(tokens, layout)[None])[0]
     return found.masked_fill((tokens < 0) | (tokens >= max(layout.ends)), torch.nan)
+
+
+def _owner(tokens: Tensor, layout: Layout) -> Tensor:
+    """The rank that has each; of one that nobody has, any."""
+    known = _of_layout(layout, tokens.device)
+    return known.ranks[torch.bucketize(tokens, known.starts, right=True)]
 
 
 class _OnDevice(NamedTuple):
     starts: Tensor  # of the parts, in their order
     ranks: Tensor  # who has what begins there; the first is for what is before all
-    columns: Tensor  # of each rank
+    first: Tensor  # column of each rank
+    columns: Tensor  # how many of each rank
 
 
 @lru_cache(maxsize=256)
@@ -323,6 +343,7 @@ def _of_layout(layout: Layout, device: torch.device) -> _OnDevice:
     return _OnDevice(
         torch.tensor([layout.starts[rank] for rank in order], device=device),
         torch.tensor([0, *order], device=device),
+        torch.tensor(layout.starts, device=device),
         torch.tensor(columns, dtype=torch.float32, device=device),
     )
 

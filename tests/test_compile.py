@@ -82,7 +82,8 @@ def test_codec(given):
     if given == "terms":
         columns = {name: torch.rand(3) for name in Terms._fields[:5]}
         problem = problem._replace(
-            transform=Transform(0.5, 30.0), terms=Terms(**columns, kl_type="abs", kl_weighted_by_ratio=True)
+            transform=Transform(0.5, 30.0),
+            terms=Terms(**columns, kl_type="abs", kl_weighted_by_ratio=True, entropy=True, statistics=True),
         )
     if given == "several targets":
         targets = Targets(TARGET[:, None].expand(3, 2).contiguous(), 7, torch.rand(3, 2))

@@ -26,6 +26,7 @@ TWO_PHASE = {
     "none": lambda x, c, **k: fused_losses.ppo(x, *c, reduction="none", **k).sum(),
     "logprobs": lambda x, c, **k: fused_losses.logprobs(x, c[0], **k).sum(),
     "entropy": lambda x, c, **k: sum(t.sum() for t in fused_losses.logprobs(x, c[0], return_entropy=True, **k)),
+    "statistics": lambda x, c, **k: sum(t.sum() for t in fused_losses.statistics(x, c[0], **k)),
     "gspo": lambda x, c, **k: fused_losses.gspo(x, *c, **k),
     "gmpo": lambda x, c, **k: fused_losses.gmpo(x, *c, **k),
     "policy_loss": lambda x, c, **k: fused_losses.policy_loss(x, c[0], lambda logp, a: -logp * a, c[2], **k),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import test_statistics
 import torch
 from cases import LOSSES, Case, assert_rounded_once, assert_sure_target, check, make, run
 from torch import Tensor
@@ -133,6 +134,59 @@ def denominator_of_the_loss_alone(objective: Function) -> Function:
     return wrong
 
 
+def rows_of_statistics(change: Callable[[Tensor, Problem, Tensor], None]) -> Callable[[Function], Function]:
+    """A bug in squares or top1, the last two rows of the table."""
+
+    def bug(stats: Function) -> Function:
+        def wrong(logits: Tensor, problem: Problem) -> Stats:
+            seen = stats(logits, problem)
+            change(seen.table, problem, logits)
+            return seen
+
+        return wrong
+
+    bug.__name__ = change.__name__
+    return bug
+
+
+@rows_of_statistics
+def target_in_the_squares(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-2] += torch.exp(2 * (table[2] - table[0]).clamp(max=0) / problem.transform.temperature)
+
+
+@rows_of_statistics
+def squares_of_another_maximum(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-2] *= torch.exp(table[0] - logits.float().amax(-1))
+
+
+@rows_of_statistics
+def a_tie_is_enough(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-1] = (table[2] >= table[0]).float()
+
+
+@rows_of_statistics
+def every_tie_lost(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-1] = (table[2] > table[0]).float()
+
+
+@rows_of_statistics
+def target_left_out_of_the_drift(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-3] -= (table[2] - table[0]) / problem.transform.temperature
+
+
+@rows_of_statistics
+def drift_of_the_logits(table: Tensor, problem: Problem, logits: Tensor) -> None:
+    table[-3] *= problem.transform.temperature
+
+
+BUGS_OF_STATISTICS = (
+    target_in_the_squares,
+    squares_of_another_maximum,
+    a_tie_is_enough,
+    every_tie_lost,
+    target_left_out_of_the_drift,
+    drift_of_the_logits,
+)
 BUGS = {
     upstream_ignored: "scale",
     tail_dropped: "stats",
@@ -174,6 +228,22 @@ def test_found(bug, monkeypatch):
     monkeypatch.setattr(Eager, BUGS[bug], staticmethod(bug(getattr(BACKEND, BUGS[bug]))))
     with pytest.raises(AssertionError):
         suite()
+
+
+def suite_of_statistics() -> None:
+    case = make("logprobs", (7,), 31, ignored=False)
+    case.target_tokens[0] = case.logits[0].argmax()
+    test_statistics.assert_statistics(case.logits, case.target_tokens, "eager", temperature=0.7)
+    test_statistics.test_of_equal_logits_the_first_is_the_largest("eager", torch.device("cpu"), torch.float32, 33)
+
+
+@pytest.mark.parametrize("bug", [None, *BUGS_OF_STATISTICS], ids=lambda bug: bug.__name__ if bug else "none")
+def test_found_in_statistics(bug, monkeypatch):
+    if bug is None:
+        return suite_of_statistics()
+    monkeypatch.setattr(Eager, "stats", staticmethod(bug(BACKEND.stats)))
+    with pytest.raises(AssertionError):
+        suite_of_statistics()
 
 
 def test_every_loss_is_told_apart():

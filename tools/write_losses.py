@@ -29,14 +29,14 @@ of problem.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from . import call
 from .objectives import Objective
-from .outputs import Outputs
+from .outputs import Outputs, Statistics
 from .problem import (
     BackendName,
     How,
@@ -46,11 +46,13 @@ from .problem import (
     Reduction,
     ReductionName,
     Sequences,
+    StatisticName,
     Transform,
 )
 '''
 GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
 BY_NAME = ("policy", "sequence_policy")  # functions of call.py that serve several losses
+OF_ROWS = ("ignore_index", "inplace", "backend")
 WIDTH = 120
 
 
@@ -59,6 +61,11 @@ def function(loss: Loss) -> str:
     pair = f"tuple[Tensor, {loss.second}]"
     documented = textwrap.indent(f'"""{docstring(loss.name)}\n"""', "    ")
     called = block(f"call.{loss.call}(", arguments(loss), ")", 4)
+    if not loss.flag:
+        return f"""{head(loss, "")} -> {loss.second}:
+{documented}
+    return {called}
+"""
     return f"""@overload
 {head(loss, "Literal[False]", default=True)} -> Tensor: ...
 @overload
@@ -92,13 +99,16 @@ def parameter(p: inspect.Parameter) -> str:
 
 
 def literal(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return repr(value).replace("'", '"')
 
 
 def arguments(loss: Loss) -> list[str]:
     """Of the call in the body."""
-    if loss.call == "logprobs":  # of no loss: it has no more of Reduction and How than these two
-        return ["logits", "target_tokens", record("Transform", loss), "ignore_index", "backend", "return_entropy"]
+    # of no loss: they have no more of Reduction and How than these three
+    if loss.call == "logprobs":
+        return ["logits", "target_tokens", record("Transform", loss), *OF_ROWS, "return_entropy"]
+    if loss.call == "statistics":
+        return ["logits", "target_tokens", "outputs", record("Transform", loss), *OF_ROWS]
     given = [f'"{loss.name}"'] if loss.call in BY_NAME else []
     inputs = [f'"{name}": {name}' for name in members("inputs", loss)]
     for name in loss.keywords:

@@ -47,6 +47,7 @@ class RowKind:
     capped: bool = False
     entropy: bool = False
     smoothed: bool = False
+    statistics: bool = False  # in stages 1 and 2; then the entropy, too
     kl_type: str | None = None
     kl_weighted_by_ratio: bool = False
     all_logprobs: bool = False  # read tokens of weight 0, too
@@ -54,6 +55,11 @@ class RowKind:
     @property
     def single(self) -> bool:
         return self.targets == 1
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the drift is summed."""
+        return self.smoothed or self.statistics
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ def distance_of(target_y, maximum, unit):
 
 
 @triton.jit
+def made_up_log(rest, total, log_total):
+    """log1p(rest), total being the rounded 1 + rest: what that rounds away is made up for in proportion. W. Kahan's;
+    libdevice has one, but the interpreter has no libdevice."""
+    exact = total - 1.0
+    return tl.where(exact == 0, rest, tl.where(exact < float("inf"), log_total * (rest / exact), rest))
+
+
+@triton.jit
 def softmax_of(distance, sum, moment):
     """distance: z_t - M. sum, moment: of the others, relative to M. NaN in either comes out as NaN."""
     lead = tl.maximum(distance, 0.0)
@@ -79,10 +87,7 @@ def softmax_of(distance, sum, moment):
     moment = half * (half * moment - (half * lead) * sum) + times(own, behind)
     total = rest + own
     log_total = tl.log(total)
-    # where own is 1, log1p(rest): what 1 + rest rounds away is made up for in proportion. W. Kahan's; libdevice has
-    # one, but the interpreter has no libdevice.
-    exact = total - 1.0
-    made_up = tl.where(exact == 0, rest, tl.where(exact < float("inf"), log_total * (rest / exact), rest))
+    made_up = made_up_log(rest, total, log_total)
     inverse = 1.0 / total
     return Softmax(lead, half, behind, rest, own, moment * inverse, inverse, tl.where(own == 1, made_up, log_total))
 
@@ -105,6 +110,18 @@ def target_seen_of_several(softmax, distance):
     """distance: z_t - z_max"""
     e = tl.exp(distance)
     return Target(distance, e * softmax.inverse, (softmax.rest - e) * softmax.inverse, distance - softmax.log_total)
+
+
+@triton.jit
+def log_sum_squares(softmax, squares):
+    """log sum_j p_j^2. squares: of the others, relative to M."""
+    # what underflows is nothing beside rest, of which it is the square or less
+    others = tl.exp(-2.0 * softmax.lead) * squares
+    own = softmax.own * softmax.own
+    total = others + own
+    log_total = tl.log(total)
+    made_up = made_up_log(others, total, log_total)
+    return tl.where(softmax.own == 1, made_up, log_total) - 2.0 * softmax.log_total
 
 
 @triton.jit

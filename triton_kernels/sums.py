@@ -1,5 +1,6 @@
 """What is summed over a row: its maximum M, the `sum` sum_j e_j of e_j = exp(z_j - M), and where the loss's terms ask
-for them the `moment` sum_j e_j d_j, for the entropy, and the `drift` sum_j d_j, for smoothed labels; d_j = z_j - M.
+for them the `moment` sum_j e_j d_j, for the entropy, the `drift` sum_j d_j, for smoothed labels, and the `squares`
+sum_j e_j^2, for statistics, as the drift is; d_j = z_j - M.
 
 A single target is left out of all of these but the drift (softmax.py says why). The body is swept without the vector
 that holds it; the rest of this vector is summed with the elements that lie outside of the body (`side_columns`).
@@ -24,6 +25,7 @@ class Sums(NamedTuple):
     sum: Any
     moment: Any
     drift: Any
+    squares: Any
 
 
 @triton.jit
@@ -35,46 +37,53 @@ def load_tile(pointers, mask, EVICT: tl.constexpr):
 
 
 @triton.jit
-def rebase(sum, moment, drift, count, delta, ROW: tl.constexpr):
+def rebase(sum, moment, drift, squares, count, delta, ROW: tl.constexpr):
     """The sums over `count` elements, once their maximum has risen by -delta (in units of log2)."""
     shrink = tl.exp2(delta)
     if ROW.entropy:
         moment = (moment + tl.maximum(delta, LOWEST) * sum) * shrink
-    if ROW.smoothed:
+    if ROW.drifts:
         drift += tl.maximum(delta, FLOOR) * count  # finite: 0 where nothing was counted
-    return sum * shrink, moment, drift
+    if ROW.statistics:
+        squares = squares * (shrink * shrink)
+    return sum * shrink, moment, drift, squares
 
 
 @triton.jit
 def relative_to(maximum, y, inside, scale, ROW: tl.constexpr):
-    """(e, sum, moment, drift) of a tile, per lane. `inside` is None for a full tile."""
+    """(e, sum, moment, drift, squares) of a tile, per lane. `inside` is None for a full tile."""
     t = (y - maximum) * scale
     e = tl.exp2(t)
     moment = 0.0
     if ROW.entropy:
         moment = tl.sum(e * tl.maximum(t, LOWEST), 0)
     drift = 0.0
-    if ROW.smoothed:
+    if ROW.drifts:
         drift = tl.sum(t, 0) if inside is None else tl.sum(tl.where(inside, t, 0.0), 0)
-    return e, tl.sum(e, 0), moment, drift
+    squares = 0.0
+    if ROW.statistics:
+        squares = tl.sum(e * e, 0)
+    return e, tl.sum(e, 0), moment, drift, squares
 
 
 @triton.jit
-def accumulate(peak, maximum, sum, moment, drift, count, x, inside, scale, inverse_cap, ROW: tl.constexpr):
+def accumulate(peak, maximum, sum, moment, drift, squares, count, x, inside, scale, inverse_cap, ROW: tl.constexpr):
     """Running maximum and sums per lane, a tile of logits x further: one rescale per tile, not per element. Maxima drop
     NaN; the sum keeps it. `count` elements per lane came before."""
     if ROW.capped:
         peak = tl.maximum(peak, tl.max(x, 0))
     y = squash_tile(x, inside, inverse_cap, ROW)
     new = tl.maximum(maximum, tl.max(y, 0))
-    sum, moment, drift = rebase(sum, moment, drift, count, (maximum - new) * scale, ROW)
-    _e, more, more_moment, more_drift = relative_to(new, y, inside, scale, ROW)
+    sum, moment, drift, squares = rebase(sum, moment, drift, squares, count, (maximum - new) * scale, ROW)
+    _e, more, more_moment, more_drift, more_squares = relative_to(new, y, inside, scale, ROW)
     sum += more
     if ROW.entropy:
         moment += more_moment
-    if ROW.smoothed:
+    if ROW.drifts:
         drift += more_drift
-    return peak, new, sum, moment, drift
+    if ROW.statistics:
+        squares += more_squares
+    return peak, new, sum, moment, drift, squares
 
 
 @triton.jit
@@ -102,6 +111,7 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
     sum = tl.zeros([LANES], tl.float32)
     moment = tl.zeros([LANES], tl.float32)
     drift = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
     full = length // TILE
     with_hole = hole // TILE
     waits = with_hole < full
@@ -111,8 +121,8 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
         if ROW.single:
             start += tl.where(i >= with_hole, TILE, 0)
         x = load_tile(body + start + columns, None, EVICT)
-        peak, maximum, sum, moment, drift = accumulate(
-            peak, maximum, sum, moment, drift, i * PLAN.depth, x, None, scale, inverse_cap, ROW
+        peak, maximum, sum, moment, drift, squares = accumulate(
+            peak, maximum, sum, moment, drift, squares, i * PLAN.depth, x, None, scale, inverse_cap, ROW
         )
     masked = waits.to(tl.int32) + (full * TILE < length).to(tl.int32)
     for i in range(0, masked):
@@ -120,19 +130,19 @@ def sweep(body, length, hole, scale, inverse_cap, EVICT: tl.constexpr, ROW: tl.c
         start = tl.where(first, with_hole, full) * TILE
         inside = tile_mask(columns, start, length, hole, ROW, PLAN)
         count = 0
-        if ROW.smoothed:
+        if ROW.drifts:
             count = tl.where(first, unmasked * PLAN.depth, in_full_tiles(full, hole, ROW, PLAN))
         x = load_tile(body + start + columns, inside, EVICT)
-        peak, maximum, sum, moment, drift = accumulate(
-            peak, maximum, sum, moment, drift, count, x, inside, scale, inverse_cap, ROW
+        peak, maximum, sum, moment, drift, squares = accumulate(
+            peak, maximum, sum, moment, drift, squares, count, x, inside, scale, inverse_cap, ROW
         )
     count = 0
-    if ROW.smoothed:
+    if ROW.drifts:
         rest = tile_mask(columns, full * TILE, length, hole, ROW, PLAN)
         count = in_full_tiles(full, hole, ROW, PLAN) + tl.sum(rest.to(tl.int32), 0)
     top = tl.max(maximum, 0)
-    sum, moment, drift = rebase(sum, moment, drift, count, (maximum - top) * scale, ROW)
-    return Sums(tl.max(peak, 0), top, tl.sum(sum, 0), tl.sum(moment, 0), tl.sum(drift, 0))
+    sum, moment, drift, squares = rebase(sum, moment, drift, squares, count, (maximum - top) * scale, ROW)
+    return Sums(tl.max(peak, 0), top, tl.sum(sum, 0), tl.sum(moment, 0), tl.sum(drift, 0), tl.sum(squares, 0))
 
 
 @triton.jit
@@ -141,23 +151,34 @@ def at_once(y, inside, side_y, side_inside, scale, ROW: tl.constexpr, SIDE: tl.c
     maximum = tl.maximum(tl.max(y, 0), FLOOR)
     if SIDE:
         maximum = tl.maximum(maximum, tl.max(side_y, 0))
-    e, sum, moment, drift = relative_to(maximum, y, inside, scale, ROW)
+    e, sum, moment, drift, _squares = relative_to(maximum, y, inside, scale, ROW)  # one pass, which has no statistics
     if SIDE:
-        _e, more, more_moment, more_drift = relative_to(maximum, side_y, side_inside, scale, ROW)
+        _e, more, more_moment, more_drift, _squares = relative_to(maximum, side_y, side_inside, scale, ROW)
         sum += more
         moment += more_moment
         drift += more_drift
-    return Sums(maximum, maximum, sum, moment, drift), e
+    return Sums(maximum, maximum, sum, moment, drift, 0.0), e
 
 
 @triton.jit
 def with_side(sums, x, inside, body, hole, scale, inverse_cap, ROW: tl.constexpr, PLAN: tl.constexpr):
     """The sums of a body and of the logits x beside it."""
     count = body - tl.where(hole < body, PLAN.vector, 0)
-    peak, maximum, sum, moment, drift = accumulate(
-        sums.peak, sums.maximum, sums.sum, sums.moment, sums.drift, count, x, inside, scale, inverse_cap, ROW
+    peak, maximum, sum, moment, drift, squares = accumulate(
+        sums.peak,
+        sums.maximum,
+        sums.sum,
+        sums.moment,
+        sums.drift,
+        sums.squares,
+        count,
+        x,
+        inside,
+        scale,
+        inverse_cap,
+        ROW,
     )
-    return Sums(peak, maximum, sum, moment, drift)
+    return Sums(peak, maximum, sum, moment, drift, squares)
 
 
 @triton.jit
@@ -168,8 +189,11 @@ def with_target(sums, target_logit, target_y, scale, ROW: tl.constexpr):
         maximum = tl.where(alone, target_y, sums.maximum)
         peak = tl.where(alone, target_logit, sums.peak)
         drift = sums.drift
-        if ROW.smoothed:
-            drift += (target_y - maximum) * scale
-        return Sums(peak, maximum, sums.sum, sums.moment, drift)
+        if ROW.drifts:
+            own = (target_y - maximum) * scale
+            if ROW.statistics:  # finite over others that are masked by the lowest number there is
+                own = tl.minimum(own, -FLOOR)
+            drift += own
+        return Sums(peak, maximum, sums.sum, sums.moment, drift, sums.squares)
     else:
         return sums

@@ -16,7 +16,14 @@ from .rows import (
     term_values,
 )
 from .softcap import squash, units
-from .softmax import distance_of, softmax_of, softmax_of_several, target_seen, target_seen_of_several
+from .softmax import (
+    distance_of,
+    log_sum_squares,
+    softmax_of,
+    softmax_of_several,
+    target_seen,
+    target_seen_of_several,
+)
 from .targets import any_given
 from .terms import terms_loss
 from .terms_row import row_seen
@@ -24,8 +31,8 @@ from .terms_row import row_seen
 
 @kernel()
 def objective(
-    stats,  # (3, N), (K + 4, N) where the row is not plain
-    logprobs,  # (N,), (K + 1, N) where the row is not plain: then the entropy
+    stats,  # (3, N), (K + 4, N) where the row is not plain, (K + 6, N) with statistics
+    logprobs,  # (N,), (K + 1, N) where the row is not plain: then the entropy; (K + 4, N) with statistics
     row_losses,  # (N,): weight * loss
     coefficients,  # (1, N), (4, N) where the row is not plain
     token,
@@ -87,6 +94,15 @@ def objective(
         drift = tl.load(stats + (3 + num_targets) * n + row, mask=inside)
         seen = row_seen(softmax, x, whole, top * unit, drift, vocab, ROW)
         tl.store(logprobs + num_targets * n + row, tl.where(read, seen.entropy, 0.0), mask=inside)
+        if ROW.statistics:
+            failed = logp != logp
+            squares = tl.load(stats + (4 + num_targets) * n + row, mask=inside)
+            top1 = tl.load(stats + (5 + num_targets) * n + row, mask=inside)
+            sum_squares = tl.where(failed, float("nan"), log_sum_squares(softmax, squares))
+            mean_logit = tl.where(failed, float("nan"), maximum * unit + drift / vocab)
+            tl.store(logprobs + (num_targets + 1) * n + row, tl.where(read, sum_squares, 0.0), mask=inside)
+            tl.store(logprobs + (num_targets + 2) * n + row, tl.where(read, mean_logit, 0.0), mask=inside)
+            tl.store(logprobs + (num_targets + 3) * n + row, tl.where(failed, 0.0, top1), mask=inside)
         terms = term_values(token, vary, row, inside)
         loss, by = terms_loss(seen, active, weight, denominator, inputs, terms, vocab, OBJECTIVE, ROW)
         tl.store(coefficients + row, by.g, mask=inside)

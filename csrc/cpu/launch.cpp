@@ -66,9 +66,8 @@ void reduce(const float* row_losses, int64_t n, float denominator, float* loss) 
     *loss = reduced_loss(sum, denominator);
 }
 
-void nothing_seen(const LogprobsTable& logprobs, bool plain, int64_t row) {
-    for (int64_t k = 0; k < logprobs.num; ++k) logprobs.target(row, k) = 0.f;
-    if (!plain) logprobs.entropy(row) = 0.f;
+void nothing_seen(const LogprobsTable& logprobs, const Problem& problem, int64_t row) {
+    for (int64_t i = 0; i < problem.logprobs_rows(); ++i) logprobs.target(row, i) = 0.f;
 }
 
 // Before a kernel writes anything: on a host tensor that costs nothing, and NaN would tell less. As
@@ -95,7 +94,7 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row) {
     const T* logits = row_of<T>(p.logits, row);
     T* grad = row_of<T>(p.grad, row);
     if (!problem.reads(row)) {
-        nothing_seen(p.logprobs, problem.plain, row);
+        nothing_seen(p.logprobs, problem, row);
         p.row_losses[row] = 0.f;
         return zero(grad, vocab);
     }
@@ -112,13 +111,12 @@ void loss_and_grad_row(const LossAndGradParams& p, int64_t row) {
 template <class T, class Row>
 void stats_row(const StatsParams& p, int64_t row) {
     if (!p.problem.reads(row)) {
-        const int64_t size = p.problem.plain ? 3 : p.stats.num + 4;
-        for (int64_t i = 0; i < size; ++i) p.stats.data[i * p.stats.n + row] = 0.f;
+        for (int64_t i = 0; i < p.problem.stats_rows(); ++i) p.stats.data[i * p.stats.n + row] = 0.f;
         return;
     }
     Row seen(p.problem.targets, p.problem.transform, row);
     seen.sweep(p.problem.terms, row_of<T>(p.logits, row), p.logits.vocab, kNothing);
-    seen.store(p.stats);
+    seen.store(p.stats, p.problem.terms);
 }
 
 template <class Row>
@@ -128,9 +126,11 @@ void objective_row(const ObjectiveParams& p, int64_t row) {
     if (problem.reads(row)) {
         Row seen(problem.targets, problem.transform, row);
         seen.load(p.stats);
-        loss = seen.loss(problem, seen.softmax(), p.logprobs);
+        const Softmax softmax = seen.softmax();
+        loss = seen.loss(problem, softmax, p.logprobs);
+        seen.observe(problem, p.stats, softmax, p.logprobs);
     } else {
-        nothing_seen(p.logprobs, problem.plain, row);
+        nothing_seen(p.logprobs, problem, row);
     }
     p.row_losses[row] = loss.value;
     p.coefficients.at(row, 0) = loss.by.g;

@@ -24,7 +24,7 @@ class PlainRow {
         maximum_ = sum_ == 0.f ? logit_ : others.max;
     }
 
-    void store(const StatsTable<float>& stats) const {
+    void store(const StatsTable<float>& stats, const Terms&) const {
         stats.maximum(row_) = maximum_;
         stats.sum(row_) = sum_;
         stats.target(row_) = logit_;
@@ -43,6 +43,8 @@ class PlainRow {
         logprobs.target(row_) = logp;
         return plain_loss(problem, row_, logp, problem.denominator.at(0));
     }
+
+    void observe(const Problem&, const StatsTable<const float>&, const Softmax&, const LogprobsTable&) const {}
 
     // grad may be the logits.
     void write_gradient(const Coefficients& by, const Softmax& softmax, const T* logits, int64_t vocab, Kept kept,

@@ -45,6 +45,7 @@ class TermsRow {
             scratch_.logits[k] = target_logit(logits, targets_.at(row_, k), vocab);
         const int64_t left_out = targets_.single() ? targets_.at(row_) : kNone;
         const float c = kLog2e * scale_;
+        if (terms.statistics) return sweep_statistics(logits, vocab, left_out, c);
         SumAndMoment seen = {};
         if (terms.entropy || softcap_ != 0.f) {
             seen = f.moments(logits, vocab, left_out, c, softcap_, kept);
@@ -57,12 +58,15 @@ class TermsRow {
         drift_ = terms.label_smoothing != 0.f ? f.drift(logits, vocab, maximum_, softcap_) * scale_ : 0.f;
     }
 
-    void store(const StatsTable<float>& stats) const {
+    void store(const StatsTable<float>& stats, const Terms& terms) const {
         stats.maximum(row_) = maximum_;
         stats.sum(row_) = sum_;
         for (int64_t k = 0; k < targets_.num; ++k) stats.target(row_, k) = scratch_.logits[k];
         stats.moment(row_) = moment_;
         stats.drift(row_) = drift_;
+        if (!terms.statistics) return;
+        stats.squares(row_) = squares_;
+        stats.top1(row_) = top1_ ? 1.f : 0.f;
     }
 
     void load(const StatsTable<const float>& stats) {
@@ -93,6 +97,14 @@ class TermsRow {
         return terms_loss(problem, row_, row_, seen, problem.denominator.at(0));
     }
 
+    // What else is asked of it, once it is loaded.
+    void observe(const Problem& problem, const StatsTable<const float>& stats, const Softmax& softmax,
+                 const LogprobsTable& logprobs) const {
+        if (!problem.terms.statistics) return;
+        logprobs.store(row_, statistics_of(level(maximum_) * scale_, softmax, stats.squares(row_), drift_,
+                                           problem.vocab, stats.top1(row_)));
+    }
+
     // grad may be the logits.
     void write_gradient(const Coefficients& by, const Softmax& softmax, const T* logits, int64_t vocab, Kept kept,
                         T* grad) const {
@@ -109,6 +121,19 @@ class TermsRow {
     }
 
   private:
+    void sweep_statistics(const T* logits, int64_t vocab, int64_t target, float c) {
+        const RowFunctions<T>& f = functions<T>();
+        const SumsOfStatistics seen = f.statistics(logits, vocab, target, c, softcap_);
+        const float own = scratch_.logits[0], rival = seen.sum.max;
+        sum_ = seen.sum.value;
+        maximum_ = sum_ == 0.f ? own : rival;
+        moment_ = kLn2 * seen.moment;
+        squares_ = seen.squares;
+        drift_ = seen.drift * scale_ + distance(0);
+        // ties are rare: only then is it looked which of the equal logits is first
+        top1_ = own > rival || (own == rival && f.largest(logits, target) < own);
+    }
+
     float level(float logit) const { return functions<T>().level(logit, softcap_); }
 
     float distance(int64_t k) const { return target_distance(level(scratch_.logits[k]), level(maximum_), scale_); }
@@ -154,7 +179,8 @@ class TermsRow {
     float softcap_;
     float unit_;   // 1 / temperature
     float scale_;  // of a level, which makes z of it
-    float maximum_, sum_, moment_, drift_;
+    float maximum_, sum_, moment_, drift_, squares_;
+    bool top1_;
     TargetScratch& scratch_;  // the logits of the targets
 };
 

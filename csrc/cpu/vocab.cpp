@@ -142,50 +142,81 @@ FL_INLINE Floats lane_max(const T* logits, int64_t n, int64_t left_out, Floats f
 
 // Sums relative to a reference for each lane.
 struct LaneSums {
-    Floats sum, moment;
+    Floats sum, moment, squares, drift;
+    Floats count;  // of what the drift has summed
 
-    // The same relative to another; distance, not above 0, is the old one less the new in units of log2.
-    FL_INLINE void move(Floats distance) {
-        const Floats factor = exp2_bounded(distance);
-        moment = factor * (moment + distance * sum);
+    // The same relative to another, the old one less the new being distance, not above 0.
+    FL_INLINE void move(Floats distance, float c) {
+        const Floats exponent = bounded(distance * c), factor = exp2_bounded(exponent);
+        moment = factor * (moment + exponent * sum);
         sum *= factor;
+        squares *= factor * factor;
+        drift += count > 0.f ? count * distance : Floats{};  // of nothing it may be infinite
     }
 };
+
+// How many of n elements each lane holds.
+template <class T>
+FL_INLINE Floats held(int64_t n, int64_t left_out) {
+    Floats lanes = all(static_cast<float>(n / kStep * kGroup));
+    if (n % kStep != 0)
+        for (int64_t i = 0; i < kGroup; ++i)
+            lanes += places<T>(i) < static_cast<uint32_t>(n % kStep) ? all(1.f) : Floats{};
+    if (holds(n, left_out))
+        for (int64_t i = 0; i < kGroup; ++i)
+            lanes -= places<T>(i) == static_cast<uint32_t>(left_out % kStep) ? all(1.f) : Floats{};
+    return lanes;
+}
 
 // The loop is as long in arithmetic as in memory, and they should overlap: ask for what comes next. Far ahead only
 // where nothing else goes to memory, else the two get in each other's way.
 constexpr int64_t kNear = 2048, kFar = 8192;  // bytes
 
-template <bool with_moment, bool with_cap, bool keep, class T>
+// What a sweep sums.
+enum class Sums { exponentials, moments, statistics };
+
+template <Sums sums, bool with_cap, bool keep, class T>
 FL_INLINE LaneSums block_sums(const T* block, int64_t n, int64_t left_out, Floats reference, float c, float inverse_cap,
                               float* exps, int64_t far) {
     Group total = {}, moment = {};
+    Floats squares = {}, drift = {};  // one register each: more would spill, and their additions wait for nobody
     for_each_group(
         block, n,
         [&](const Group& x, int64_t j, int64_t count) __attribute__((always_inline)) {
             prefetch_group(block + j, kNear, false);
             if (far) prefetch_group(block + j, far, true);
             const Group y = levels<with_cap>(x, inverse_cap).value;
-            Group d, e;
-            for (int64_t i = 0; i < kGroup; ++i) d.of[i] = (y.of[i] - reference) * c;
-            if (with_cap && (count < kStep || holds(kStep, left_out - j))) {  // a capped -inf is finite
-                const Group mask = counted<T>(count, left_out - j);
-                for (int64_t i = 0; i < kGroup; ++i) d.of[i] += mask.of[i];
+            Group distance, d, e;
+            for (int64_t i = 0; i < kGroup; ++i) {
+                distance.of[i] = y.of[i] - reference;
+                d.of[i] = distance.of[i] * c;
             }
+            // a capped -inf is finite, and one that is not would be in the drift
+            if ((with_cap || sums == Sums::statistics) && (count < kStep || holds(kStep, left_out - j))) {
+                const Group mask = counted<T>(count, left_out - j);
+                for (int64_t i = 0; i < kGroup; ++i) {
+                    d.of[i] += mask.of[i];
+                    distance.of[i] = mask.of[i] == 0.f ? distance.of[i] : Floats{};
+                }
+            }
+            if (sums == Sums::statistics) drift += merged_sum(distance);
             for (int64_t i = 0; i < kGroup; ++i) {
                 d.of[i] = bounded(d.of[i]);
                 e.of[i] = exp2_bounded(d.of[i]);
                 total.of[i] += e.of[i];
-                if (with_moment) moment.of[i] += e.of[i] * d.of[i];
+                if (sums != Sums::exponentials) moment.of[i] += e.of[i] * d.of[i];
+                if (sums == Sums::statistics) squares += e.of[i] * e.of[i];
             }
             if (keep) keep_group<T>(exps + j, count, e);
         },
         -INFINITY, left_out);
-    return {merged_sum(total), merged_sum(moment)};
+    const Floats count = sums == Sums::statistics ? held<T>(n, left_out) : Floats{};
+    return {merged_sum(total), merged_sum(moment), squares, drift, count};
 }
 
-template <bool with_moment, bool with_cap, bool keep, class T>
-FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap, Kept kept) {
+template <Sums asked, bool with_cap, bool keep, class T>
+FL_INLINE SumsOfStatistics sweep(const T* logits, int64_t vocab, int64_t left_out, float c, float inverse_cap,
+                                 Kept kept) {
     Floats max = all(-FLT_MAX), reference = level<with_cap>(max, inverse_cap);
     LaneSums sums = {};
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -194,30 +225,47 @@ FL_INLINE SumAndMoment sweep(const T* logits, int64_t vocab, int64_t left_out, f
         max = lane_max(block, n, left_out - begin, max);
         const Floats lower = reference;
         reference = level<with_cap>(max, inverse_cap);
-        sums.move(bounded((lower - reference) * c));
-        const LaneSums seen = block_sums<with_moment, with_cap, keep>(
-            block, n, left_out - begin, reference, c, inverse_cap, keep ? kept.exps + begin : nullptr, far);
+        sums.move(lower - reference, c);
+        const LaneSums seen = block_sums<asked, with_cap, keep>(block, n, left_out - begin, reference, c, inverse_cap,
+                                                                keep ? kept.exps + begin : nullptr, far);
         sums.sum += seen.sum;
         sums.moment += seen.moment;
+        sums.squares += seen.squares;
+        sums.drift += seen.drift;
+        sums.count += seen.count;
         if (keep) store(kept.references + begin / kBlock * kReferences, max);
     }
     const float top = max_of(max);
-    sums.move(bounded((reference - level<with_cap>(all(top), inverse_cap)) * c));
-    return {{top, sum_of(sums.sum)}, sum_of(sums.moment)};
+    sums.move(reference - level<with_cap>(all(top), inverse_cap), c);
+    return {{top, sum_of(sums.sum)}, sum_of(sums.moment), sum_of(sums.squares), sum_of(sums.drift)};
 }
 
 template <class T>
 Sum exponentials(const T* logits, int64_t vocab, int64_t left_out, float c, Kept kept) {
-    return (kept.exps ? sweep<false, false, true>(logits, vocab, left_out, c, 0.f, kept)
-                      : sweep<false, false, false>(logits, vocab, left_out, c, 0.f, kept))
+    return (kept.exps ? sweep<Sums::exponentials, false, true>(logits, vocab, left_out, c, 0.f, kept)
+                      : sweep<Sums::exponentials, false, false>(logits, vocab, left_out, c, 0.f, kept))
         .sum;
 }
 
 template <class T>
 SumAndMoment moments(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap, Kept kept) {
-    if (softcap != 0.f) return sweep<true, true, false>(logits, vocab, left_out, c, 1.f / softcap, kept);
-    return kept.exps ? sweep<true, false, true>(logits, vocab, left_out, c, 0.f, kept)
-                     : sweep<true, false, false>(logits, vocab, left_out, c, 0.f, kept);
+    const SumsOfStatistics sums =
+        softcap != 0.f ? sweep<Sums::moments, true, false>(logits, vocab, left_out, c, 1.f / softcap, kept)
+        : kept.exps    ? sweep<Sums::moments, false, true>(logits, vocab, left_out, c, 0.f, kept)
+                       : sweep<Sums::moments, false, false>(logits, vocab, left_out, c, 0.f, kept);
+    return {sums.sum, sums.moment};
+}
+
+template <class T>
+SumsOfStatistics statistics(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap) {
+    constexpr Kept kNowhere = {nullptr, nullptr, true};
+    return softcap != 0.f ? sweep<Sums::statistics, true, false>(logits, vocab, left_out, c, 1.f / softcap, kNowhere)
+                          : sweep<Sums::statistics, false, false>(logits, vocab, left_out, c, 0.f, kNowhere);
+}
+
+template <class T>
+float largest(const T* logits, int64_t n) {
+    return max_of(lane_max(logits, n, kNone, all(-INFINITY)));
 }
 
 template <bool with_cap, class T>
@@ -337,8 +385,9 @@ struct Row {
         *element = padded[0];
     }
     static constexpr RowFunctions<T> functions() {
-        return {exponentials<T>, scaled<T>,      exponentials_scaled<T>, moments<T>, drift<T>, combination<T>,
-                level_of,        level_slope_of, scaled_in_place<T>,     load_one,   store_one};
+        return {
+            exponentials<T>, scaled<T>, exponentials_scaled<T>, moments<T>,         statistics<T>, largest<T>, drift<T>,
+            combination<T>,  level_of,  level_slope_of,         scaled_in_place<T>, load_one,      store_one};
     }
 };
 

@@ -33,6 +33,12 @@ struct SumAndMoment {
     float moment;
 };
 
+// And of the squares sum_j 4^d_j, and the drift sum_j y_j - y_max. The drift leaves out what they leave out, too.
+struct SumsOfStatistics {
+    Sum sum;
+    float moment, squares, drift;
+};
+
 // grad_j = (e_j * (constant + slope * d_j) + offset) * (1 or, with a softcap, 1 - y_j^2), e_j = 2^d_j
 struct Combination {
     float constant, slope, offset;
@@ -68,6 +74,12 @@ struct RowFunctions {
 
     // As exponentials, with the moment; exps is not the logits, and with a softcap null.
     SumAndMoment (*moments)(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap, Kept kept);
+
+    // All that statistics need, in the same sweep.
+    SumsOfStatistics (*statistics)(const T* logits, int64_t vocab, int64_t left_out, float c, float softcap);
+
+    // Of the first n logits; -inf of none.
+    float (*largest)(const T* logits, int64_t n);
 
     // sum_j y_j - y_max over all elements
     float (*drift)(const T* logits, int64_t vocab, float max, float softcap);

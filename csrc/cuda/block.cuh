@@ -21,6 +21,9 @@ __device__ __forceinline__ Sum warp_sum(const Sum& x) { return {warp_sum(x.sum)}
 __device__ __forceinline__ Moments warp_sum(const Moments& x) {
     return {warp_sum(x.sum), warp_sum(x.moment), warp_sum(x.drift), warp_sum(x.count)};
 }
+__device__ __forceinline__ MomentsAndSquares warp_sum(const MomentsAndSquares& x) {
+    return {warp_sum(static_cast<const Moments&>(x)), warp_sum(x.squares)};
+}
 
 // All sums end up relative to the one maximum, then they are added.
 template <class Sums, class Z>

@@ -188,6 +188,28 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
     }
 }
 
+// The same with statistics, of one target.
+template <class T, class Row>
+__global__ void __launch_bounds__(Row::kThreads, 1) statistics_kernel(const __grid_constant__ StatsParams p) {
+    typename Row::Shared& shared = shared_memory<typename Row::Shared>();
+    int turn = 0;
+    const Problem& problem = p.problem;
+    const int vocab = static_cast<int>(p.logits.vocab);
+    for (int64_t i = blockIdx.x; i < p.logits.n; i += gridDim.x) {
+        Row row(problem.targets, problem.transform, i, i, i, vocab, &p.stats.target(0), p.stats.n);
+        const bool reads = problem.reads(i);
+        if (reads) {
+            const T* logits = row_pointer<T>(p.logits, i);
+            row.read_targets(logits, nullptr);
+            const Online<typename Row::Sums> all =
+                row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn);
+            row.see(all);
+            row.rank(logits, all.max);
+        }
+        row.keep(p.stats, problem.terms, reads);
+    }
+}
+
 template <class T, class Row>
 __global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
     typename Row::Shared& shared = shared_memory<typename Row::Shared>();

@@ -164,6 +164,14 @@ void for_row(bool plain, const Transform& transform, Visit visit) {
     return transform.softcap != 0.f ? visit(Of<TermsRow<Softcap>>{}) : visit(Of<TermsRow<Identity>>{});
 }
 
+// Of stage 2, which with statistics has more to say.
+template <class Visit>
+void for_row_of(const Problem& problem, Visit visit) {
+    if (!problem.terms.statistics) return for_row(problem.plain, problem.transform, visit);
+    return problem.transform.softcap != 0.f ? visit(Of<StatisticsRow<Softcap>>{})
+                                            : visit(Of<StatisticsRow<Identity>>{});
+}
+
 template <class Visit>
 void for_type_and_row(DType dtype, bool plain, const Transform& transform, Visit visit) {
     for_type(dtype, [&](auto element) { for_row(plain, transform, [&](auto kind) { visit(element, kind); }); });
@@ -209,10 +217,18 @@ std::string allow_shared(int64_t bytes) {
 
 void launch(const StatsParams& p, uintptr_t stream) {
     if (p.logits.n == 0) return;
-    for_type_and_row(p.logits.dtype, p.problem.plain, p.problem.transform, [&](auto element, auto kind) {
-        using Row = typename decltype(kind)::Row;
-        const Shape s = stream_shape(p.logits, Row::kThreads);
-        start(stats_kernel<decltype(element), Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
+    for_type(p.logits.dtype, [&](auto element) {
+        for_row_of(p.problem, [&](auto kind) {
+            using Row = typename decltype(kind)::Row;
+            const Shape s = stream_shape(p.logits, Row::kThreads);
+            const auto kernel = [] {
+                if constexpr (Row::kStatistics)
+                    return statistics_kernel<decltype(element), Row>;
+                else
+                    return stats_kernel<decltype(element), Row>;
+            }();
+            start(kernel, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
+        });
     });
 }
 
@@ -221,7 +237,7 @@ void launch(const ObjectiveParams& p, uintptr_t stream) {
     if (p.n > 0) {
         const int64_t blocks =
             std::min<int64_t>((p.n + kRowThreads - 1) / kRowThreads, 8 * device_limits().multiprocessors);
-        for_row(p.problem.plain, p.problem.transform, [&](auto kind) {
+        for_row_of(p.problem, [&](auto kind) {
             start(objective_kernel<typename decltype(kind)::Row>, blocks, kRowThreads, 0, stream, p);
         });
     }

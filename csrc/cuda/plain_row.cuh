@@ -9,6 +9,7 @@ class PlainRow {
   public:
     using OnChip = PlainRow;               // the same row beside a TokenRing
     static constexpr bool kSingle = true;  // whether a token always has one target
+    static constexpr bool kStatistics = false;
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
     static constexpr int kThreads = kMaxThreads;

@@ -5,9 +5,12 @@
 // A kind of row offers, to kernels.cuh and tokens.cuh:
 //
 //     Sums, Shared, kThreads              what is summed, and where a block does it
+//     kStatistics                         whether these are asked for
 //     z, left_out                         for the sweep: from a logit to z, and the element that is no part of the sums
 //     read_targets, gather, see, keep     stage 1: from the row to its stats
 //     read_several_targets, take_target   the former, for an engine that has met the single target on its way
+//     rank                                with statistics, stage 1 once more: whether the target is the first of the
+//                                         largest
 //     near                                whether Folded does for what was seen
 //     recall                              stages 2 and 3: the stats that stage 1 kept
 //     evaluate, store, finish, keep       stage 2: the loss, its outputs and its coefficients

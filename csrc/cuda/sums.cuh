@@ -92,7 +92,10 @@ struct Moments {
     }
     template <class Z>
     __device__ __forceinline__ void add(float exponent) {
-        const float e = exp2_approx(exponent);
+        add<Z>(exponent, exp2_approx(exponent));
+    }
+    template <class Z>
+    __device__ __forceinline__ void add(float exponent, float e) {
         sum += e;
         moment += e * Z::finite(exponent);
         drift += exponent;
@@ -103,6 +106,26 @@ struct Moments {
         moment += other.moment;
         drift += other.drift;
         count += other.count;
+    }
+};
+
+// What statistics need.
+struct MomentsAndSquares : Moments {
+    float squares = 0.f;  // of e_j
+
+    __device__ __forceinline__ void rescale(float exponent, float factor) {
+        Moments::rescale(exponent, factor);
+        squares *= factor * factor;
+    }
+    template <class Z>
+    __device__ __forceinline__ void add(float exponent) {
+        const float e = exp2_approx(exponent);
+        Moments::add<Z>(exponent, e);
+        squares += e * e;
+    }
+    __device__ __forceinline__ void operator+=(const MomentsAndSquares& other) {
+        Moments::operator+=(other);
+        squares += other.squares;
     }
 };
 

@@ -2,6 +2,8 @@
 // back. Which terms a loss has is not known here.
 #pragma once
 
+#include <type_traits>
+
 #include "row.cuh"
 #include "token_ring.cuh"
 
@@ -24,17 +26,18 @@ __device__ __forceinline__ TargetSums warp_sum(const TargetSums& x) { return {wa
 // Several targets are dealt out, target k to thread k modulo blockDim.x: what it keeps for a target only that thread
 // reads. Their logits are in a table: of the stats, or in one pass of the logprobs, until the gradient, which may
 // overwrite them, is written.
-template <class Z, class Aims = Targets>
+template <class Z, class Aims = Targets, class Summed = Moments>
 class TermsRow {
   public:
     using OnChip = TermsRow<Z, RingTargets<false>>;
     static constexpr bool kSingle = false;  // whether a token always has one target
-    using Sums = Moments;
+    static constexpr bool kStatistics = std::is_same<Summed, MomentsAndSquares>::value;
+    using Sums = Summed;
     static constexpr int kThreads = Z::kThreads;
     static constexpr int kThreadsOnChip = 512;
 
     struct Shared {
-        Partials<Online<Moments>> elements;
+        Partials<Online<Sums>> elements;
         Partials<TargetSums> targets;
     };
 
@@ -71,17 +74,29 @@ class TermsRow {
         if (single()) target_ = left_out >= 0 ? target : NAN;
     }
 
-    __device__ __forceinline__ Online<Moments> gather(const Online<Moments>& mine, Shared& shared, int& turn,
-                                                      const Team& team = Team()) const {
+    __device__ __forceinline__ Online<Sums> gather(const Online<Sums>& mine, Shared& shared, int& turn,
+                                                   const Team& team = Team()) const {
         const Z by = z;
-        return team_reduce(team, shared.elements, turn, mine, Online<Moments>{},
-                           [&](const Online<Moments>& x) { return warp_sum(x, by); });
+        return team_reduce(team, shared.elements, turn, mine, Online<Sums>{},
+                           [&](const Online<Sums>& x) { return warp_sum(x, by); });
     }
-    __device__ __forceinline__ void see(const Online<Moments>& all) {
+    __device__ __forceinline__ void see(const Online<Sums>& all) {
         sum_ = all.sums.sum;
         maximum_ = single() && sum_ == 0.f ? target_ : all.max;
         moment_ = all.sums.moment * kLn2;
         drift_ = all.sums.drift * kLn2 + (left_out >= 0 ? distance_from(maximum_, target_, z) : 0.f);
+        if constexpr (kStatistics) squares_ = all.sums.squares;
+    }
+    // By all threads of a block, who have the same numbers. rival: the others' maximum. Ties are rare: only then is it
+    // looked which of the equal logits is first.
+    template <class T>
+    __device__ __forceinline__ void rank(const T* logits, float rival) {
+        top1_ = target_ > rival;
+        if (target_ != rival) return;
+        bool before = false;
+#pragma unroll 4
+        for (int j = threadIdx.x; j < left_out; j += blockDim.x) before |= to_float(logits[j]) == rival;
+        top1_ = !__syncthreads_or(before);
     }
     __device__ __forceinline__ bool near() const { return all_near(z, sum_, maximum_, raw_top()); }
 
@@ -94,7 +109,11 @@ class TermsRow {
         stats.sum(row_) = sum_;
         if (single()) stats.target(row_) = target_;
         stats.moment(row_) = terms.entropy ? moment_ : 0.f;
-        stats.drift(row_) = terms.label_smoothing != 0.f ? drift_ : 0.f;
+        stats.drift(row_) = kStatistics || terms.label_smoothing != 0.f ? drift_ : 0.f;
+        if constexpr (kStatistics) {
+            stats.squares(row_) = squares_;
+            stats.top1(row_) = top1_ ? 1.f : 0.f;
+        }
     }
     __device__ __forceinline__ void recall(const StatsTable<const float>& stats) {
         maximum_ = stats.maximum(row_);
@@ -102,6 +121,10 @@ class TermsRow {
         target_ = stats.target(row_);
         moment_ = stats.moment(row_);
         drift_ = stats.drift(row_);
+        if constexpr (kStatistics) {
+            squares_ = stats.squares(row_);
+            top1_ = stats.top1(row_) != 0.f;
+        }
     }
 
     // By every thread of a block.
@@ -124,6 +147,11 @@ class TermsRow {
         logprobs.entropy(row_) = reads && entropy ? softmax_.entropy() : 0.f;
         if (single()) logprobs.target(row_) = reads ? softmax_.logprob() : 0.f;
         row_losses[row_] = loss_.value;
+        if constexpr (kStatistics) {
+            const float maximum = z.level(maximum_) * z.scale;
+            const Statistics seen = statistics_of(maximum, softmax_, squares_, drift_, vocab_, top1_ ? 1.f : 0.f);
+            logprobs.store(row_, reads ? seen : Statistics{});
+        }
     }
     // After the gradient: the logprobs of several targets take the place of their logits.
     __device__ __forceinline__ void finish(const LogprobsTable& logprobs, int first, int step, bool reads) const {
@@ -232,10 +260,15 @@ class TermsRow {
     const float* const logits_;  // from this row on
     const int64_t token_, aim_, row_, n_;
     const int vocab_;
-    float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f;
+    float maximum_ = 0.f, sum_ = 0.f, target_ = 0.f, moment_ = 0.f, drift_ = 0.f, squares_ = 0.f;
+    bool top1_ = false;
     Softmax softmax_{};
     TargetSums sums_;
     TokenLoss loss_{};
 };
+
+// Of stages 1 and 2, with one target.
+template <class Z>
+using StatisticsRow = TermsRow<Z, Targets, MomentsAndSquares>;
 
 }  // namespace fused_losses

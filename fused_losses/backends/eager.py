@@ -30,6 +30,13 @@ class Softmax(NamedTuple):
     def logprobs(self) -> Tensor:
         return self.targets - self.log_total
 
+    def log_sum_squares(self, squares: Tensor) -> Tensor:
+        """log sum_j p_j^2 of a row with a single target. squares: of the others, relative to the largest of these."""
+        # what underflows is nothing beside rest, of which it is the square or less
+        others, own = torch.exp(-2 * self.lead) * squares, torch.exp(2 * self.targets[0])
+        log = torch.where(own == 1, torch.log1p(others), torch.log(others + own))
+        return log - 2 * self.log_total
+
 
 class Eager:
     looks_at_targets = False
@@ -77,9 +84,14 @@ class Eager:
         if not problem.plain:
             zero = torch.zeros_like(maximum)
             rows.append(_row_sums(e * shown.clamp(min=_LOWEST)) if terms.entropy else zero)
-            rows.append(_row_sums(distance) if terms.label_smoothing != 0 else zero)
+            if terms.statistics:  # finite over others that are masked by -FLT_MAX
+                distance = distance.clamp(max=_FLOAT_MAX)
+            rows.append(_row_sums(distance) if terms.label_smoothing != 0 or terms.statistics else zero)
+        if terms.statistics:
+            first = x.argmax(-1) == targets[:, 0]  # of equal ones, the first
+            rows += [_row_sums(e * e), (first & (target[:, 0] > -torch.inf)).to(x.dtype)]
         read = rows_to_read(problem)
-        return Stats(torch.stack([row.where(read, 0.0) for row in rows]))
+        return Stats(torch.stack([row.where(read, 0.0) for row in rows]), terms.statistics)
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
         terms, transform, objective = problem.terms, problem.transform, problem.objective
@@ -100,11 +112,18 @@ class Eager:
         else:
             zero = torch.zeros_like(like)
             entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero
-            logprobs = torch.cat((logp, entropy[None]))
+            rows = [*logp, entropy]
             # not maximum + lead, which loses the target over others that are masked by -FLT_MAX
             largest = stats.targets[0].where(softmax.lead > 0, stats.maximum)
-            lse = _capped(largest, transform) * _inverse_temperature(transform, like)
+            unit = _inverse_temperature(transform, like)
+            lse = _capped(largest, transform) * unit
             spread = softmax.log_total + softmax.lead - stats.drift / problem.vocab
+            if terms.statistics:
+                mean_logit = _capped(stats.maximum, transform) * unit + stats.drift / problem.vocab
+                failed = torch.isnan(logp[0])
+                log_sum_squares = softmax.log_sum_squares(stats.squares)
+                rows += [log_sum_squares, mean_logit.masked_fill(failed, torch.nan), stats.top1.where(~failed, 0.0)]
+            logprobs = torch.stack([row.where(read, 0.0) for row in rows])
             whole: Tensor | float = 1.0
             x = logp[0]
             if problem.targets.shares is not None:

@@ -89,14 +89,15 @@ class Native(ABC):
         return loss, logprobs
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
-        shape = stats_shape(problem.n, problem.targets.num, problem.plain)
-        stats = Stats(torch.empty(*shape, dtype=torch.float32, device=logits.device))
+        statistics = problem.terms.statistics
+        shape = stats_shape(problem.n, problem.targets.num, problem.plain, statistics)
+        stats = Stats(torch.empty(*shape, dtype=torch.float32, device=logits.device), statistics)
         self.launch(self.module.stats, logits.device, as_matrix(logits), problem, stats)
         return stats
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
         n, plain, table = problem.n, problem.plain, stats.table
-        logprobs = table.new_empty(*logprobs_shape(n, problem.targets.num, plain))
+        logprobs = table.new_empty(*logprobs_shape(n, problem.targets.num, plain, problem.terms.statistics))
         coefficients = Coefficients(table.new_empty(*coefficients_shape(n, plain)))
         row_losses = table.new_empty(n)
         loss = table.new_empty(()) if reduce else None

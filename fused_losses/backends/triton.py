@@ -123,9 +123,10 @@ class Triton:
 
     def stats(self, logits: Tensor, problem: Problem) -> Stats:
         n, vocab, num_targets = problem.n, logits.shape[-1], problem.targets.num
-        table = empty(stats_shape(n, num_targets, problem.plain), logits.device)
+        statistics = problem.terms.statistics
+        stats = Stats(empty(stats_shape(n, num_targets, problem.plain, statistics), logits.device), statistics)
         if n == 0:
-            return Stats(table)
+            return stats
         layout = _layout(logits, logits)
         packed = _packed(_Values(problem.targets, weights=problem.weights, transform=problem.transform))
         kind = _kind(problem)
@@ -134,7 +135,7 @@ class Triton:
         with _on(logits.device):
             _kernels().stats[(min(n, _MAX_GRID),)](
                 logits,
-                table,
+                stats.table,
                 packed.token,
                 packed.vary,
                 problem.targets.ignore_index,
@@ -146,12 +147,12 @@ class Triton:
                 _plan(vector=layout.vector, ragged=layout.ragged, depth=depth, lanes=_lanes(warps)),
                 **_options(warps),
             )
-        return Stats(table)
+        return stats
 
     def objective(self, stats: Stats, problem: Problem, reduce: bool) -> tuple[Tensor, Tensor, Coefficients]:
         function = _function(problem.objective)
         n, num_targets, plain, device = problem.n, problem.targets.num, problem.plain, stats.table.device
-        logprobs = empty(logprobs_shape(n, num_targets, plain), device)
+        logprobs = empty(logprobs_shape(n, num_targets, plain, problem.terms.statistics), device)
         row_losses = empty((n,), device)
         coefficients = empty(coefficients_shape(n, plain), device)
         denominator = self._denominator(problem)
@@ -306,6 +307,7 @@ def _kind(problem: Problem) -> Any:
         capped=problem.transform.softcap is not None,
         entropy=terms.entropy,
         smoothed=terms.label_smoothing != 0,
+        statistics=terms.statistics,
         kl_type=terms.kl_type,
         kl_weighted_by_ratio=terms.kl_weighted_by_ratio,
         all_logprobs=problem.all_logprobs,
@@ -330,6 +332,7 @@ def _of_stats(kind: Any) -> Any:
         capped=kind.capped,
         entropy=kind.entropy,
         smoothed=kind.smoothed,
+        statistics=kind.statistics,
         all_logprobs=kind.all_logprobs,
     )
 

@@ -8,6 +8,7 @@ published ones; the softmax and the gradient are written out here.
 from __future__ import annotations
 
 import pickle
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class Draw:
 def truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
     """name: (value, relative tolerance, absolute tolerance)"""
     with np.errstate(all="ignore"):
-        return _truth(draw)
+        return _truth(draw) | (_of_statistics(draw) if draw.targets.shape[1] == 1 else {})
 
 
 def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
@@ -328,6 +329,51 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         "grad": gradient(upstream),
         "scale": (scaled, 1e-7 + ROUNDING[draw.dtype], SMALLEST[draw.dtype]),
     }
+
+
+def _of_statistics(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
+    """The stats and logprobs of the same rows where statistics are asked for, too."""
+    n, vocab, cap, t = draw.n, draw.vocab, draw.softcap, draw.all(draw.temperature)
+    asked = copy(draw)
+    asked.plain, asked.terms, asked.objective, asked.inputs = False, {"entropy": True}, "logprobs", []
+    asked.terms = {"entropy_coef": (np.float32(0.0), None), "kl_coef": (np.float32(0.0), None)} | asked.terms
+    seen = _truth(asked)
+    (stats, rtol, atol), (logprobs, _, error) = seen["stats"], seen["logprobs"]
+    stats, rtol, atol = (np.vstack((table, np.zeros((2, n)))) for table in (stats, rtol, atol))
+    logprobs, error = (np.vstack((table, np.zeros((3, n)))) for table in (logprobs, error))
+
+    def capped(x: Any) -> Any:
+        return cap * np.tanh(x / cap) if cap else x
+
+    for r in np.flatnonzero(draw.reads):
+        target, row, (top, total) = draw.targets[r, 0], draw.logits[r], stats[:2, r]
+        inside = 0 <= target < vocab
+        logit = row[target] if inside else np.nan
+        others = np.arange(vocab) != target
+        z, z_top = capped(row) / t[r], capped(top) / t[r]
+        d = z - z_top
+        of_others = d[others] if total > 0 or np.isnan(total) else np.zeros(0)
+        squares, drift = np.exp(2 * of_others).sum(), d.sum()
+        first = inside and logit > -np.inf and not (row[others] > logit).any() and not (row[:target] == logit).any()
+        off = np.nan_to_num(error[0, r]) + 2e-6 + (cap / t[r] * 8e-7 if cap else 0.0)
+        size = np.abs(np.where(np.isfinite(d), d, 0)).sum()
+        stats[[4, 5, 6], r] = drift, squares, first
+        rtol[5, r] = 2 * rtol[1, r]
+        # a mask's distance may overflow in float32, as finite as it is
+        atol[4, r] = np.inf if size > 1e37 or np.isnan(drift) else 5e-6 * size + off * vocab
+        atol[6, r] = np.inf if np.isnan(total + logit) else 0.0
+        logp, lead = logprobs[0, r], max((capped(logit) - capped(top)) / t[r], 0.0)
+        if np.isnan(logp):
+            logprobs[2:, r] = np.nan, np.nan, 0.0
+            continue
+        log_p = of_others - lead - np.logaddexp(np.log(total) - lead, (capped(logit) - capped(top)) / t[r] - lead)
+        ours = np.exp(2 * log_p).sum()
+        log_squares = 2 * logp + np.log1p(ours * np.exp(-2 * logp)) if lead > 0 else np.log(ours + np.exp(2 * logp))
+        logprobs[2:, r] = log_squares, z.mean(), first
+        error[2, r] = 4 * off * min(1, abs(logp))
+        mask = size > 1e37 or abs(z_top) > 1e37
+        error[3, r] = np.inf if mask else (5e-6 * size + off * vocab) / vocab + 3e-7 * abs(z_top)
+    return {"statistics stats": (stats, rtol, atol), "statistics logprobs": (logprobs, 1e-7, error)}
 
 
 def finite(x: np.ndarray) -> np.ndarray:

@@ -233,6 +233,17 @@ inline host_cuda::Dim& gridDim = host_cuda::block.blocks;
 
 inline void __syncthreads() { host_cuda::block.wait(host_cuda::Fiber::at_barrier); }
 
+inline int __syncthreads_or(int predicate) {
+    static int any = 0;  // of one block at a time, but for a team's, which do not come here
+    any |= predicate != 0;
+    __syncthreads();
+    const int all = any;
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    return all;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int operand) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "");

@@ -42,6 +42,7 @@ class Terms(Structure):
     _fields_ = fields(
         importance_weights=Column, ref_logprobs=Column, kl_coef=Column, entropy_coef=Column, log_ratio_clamp=Column,
         label_smoothing=c_float, z_loss=c_float, kl_type=c_int, kl_weighted_by_ratio=c_bool, entropy=c_bool,
+        statistics=c_bool,
     )  # fmt: skip
 
 
@@ -237,9 +238,11 @@ def terms(
     kl_type: str | None = None,
     kl_weighted_by_ratio: bool = False,
     entropy: bool = False,
+    statistics: bool = False,
 ) -> Terms:
     columns = [as_column(c) for c in (importance_weights, ref_logprobs, kl_coef, entropy_coef, log_ratio_clamp)]
-    out = Terms(*columns, label_smoothing, z_loss, KLS.index(kl_type) - 1, kl_weighted_by_ratio, entropy)
+    flags = KLS.index(kl_type) - 1, kl_weighted_by_ratio, entropy, statistics
+    out = Terms(*columns, label_smoothing, z_loss, *flags)
     out.columns = columns
     return out
 

@@ -125,7 +125,7 @@ def one_pass(module, logits, grad, asked, chip=None, averages=False):
 
 def stats(module, logits, asked):
     n, k = logits.n, asked.targets.num
-    out = nan(3 if asked.plain else k + 4, n)
+    out = nan(3 if asked.plain else k + 6 if asked.terms.statistics else k + 4, n)
     module.stats(logits=logits, problem=asked, stats=structs.StatsTable(pointer(out), n, k))
     return out
 
@@ -133,7 +133,8 @@ def stats(module, logits, asked):
 def objective(module, table, asked, reduce=True, averages=False):
     """(loss, row_losses, logprobs, coefficients). averages: as above."""
     n, k = table.shape[1], asked.targets.num
-    loss, row_losses, logprobs = nan(1), nan(n), nan(n) if asked.plain else nan(k + 1, n)
+    loss, row_losses = nan(1), nan(n)
+    logprobs = nan(n) if asked.plain else nan(k + 4 if asked.terms.statistics else k + 1, n)
     asked = divided_by(asked, loss) if reduce else asked
     if averages:
         loss[0] = np.nan
@@ -171,8 +172,8 @@ class Case:
         if self.pair:
             self.ways["pair"] = structs.Chip(*self.pair, team=2)
 
-    def problem(self, at=slice(None), denominator=None):
-        """Of some of the rows."""
+    def problem(self, at=slice(None), denominator=None, statistics=False):
+        """Of some of the rows. statistics: with them, too."""
 
         def some(given):
             values, stride = given
@@ -182,12 +183,14 @@ class Case:
 
         shares = None if self.shares is None else np.ascontiguousarray(self.shares[at])
         asked = {key: some(value) if isinstance(value, tuple) else value for key, value in self.terms.items()}
+        if statistics:
+            asked |= {"entropy": True, "statistics": True}
         return problem(
             targets(self.targets[at], shares), self.vocab, self.module.objectives.index(self.objective),
             inputs=tuple(some(c) for c in self.inputs), weights=some(self.weights),
             temperature=some(self.temperature), softcap=self.softcap, terms_asked=terms(**asked),
             denominator=some(self.denominator) if denominator is None else denominator,
-            all_logprobs=self.all_logprobs, plain=self.plain,
+            all_logprobs=self.all_logprobs, plain=self.plain and not statistics,
         )  # fmt: skip
 
     def matrices(self):
@@ -217,6 +220,10 @@ class Case:
         logits, out["grad"] = self.matrices()
         logits.guard(~self.reads)
         out["stats"] = stats(module, logits.arg, asked)
+        if "statistics stats" in self.want:
+            observed = self.problem(denominator=self.in_use, statistics=True)
+            out["statistics stats"] = table = stats(module, logits.arg, observed)
+            out["statistics logprobs"] = objective(module, table, observed, averages=self.mean)[2]
         logits.guard(~self.reads, on=False)
         seen = objective(module, out["stats"], asked, averages=self.mean)
         out |= zip(("loss", "row_losses", "logprobs", "coefficients"), seen, strict=True)
@@ -283,6 +290,9 @@ class Case:
             }
         logits = one(together)
         same["stats"] = stats(self.module, logits.arg, asked), out["stats"][:, at]
+        if "statistics stats" in out:
+            observed = self.problem(at, self.in_use, statistics=True)
+            same["statistics stats"] = stats(self.module, logits.arg, observed), out["statistics stats"][:, at]
         for name, (alone, together) in same.items():
             if alone.tobytes() != np.ascontiguousarray(together).tobytes():
                 raise Wrong(f"{name}: row {r} of {self.n} is not what it is alone")
@@ -644,6 +654,25 @@ def with_terms(module, chip):
     close("terms, one of several targets outside", rows.matrix()[0], [nan] * 3)
 
 
+def ties(module):
+    """Of several equal logits the first is the largest, wherever they lie among a block's threads."""
+    module.configure(1, 1 << 20)
+    lowest = float(np.finfo(np.float32).min)
+    for vocab in (2, 70, 700, 3001):
+        for value, others in ((5.0, 0.0), (5.0, 5.0), (5.0, 6.0), (lowest, -np.inf), (-np.inf, lowest), (0.0, lowest)):
+            for token in {0, 1, vocab // 3, vocab - 1}:
+                for rival in {0, 1, vocab // 3 - 1, vocab // 3 + 1, vocab - 1} - {token}:
+                    x = np.full(vocab, others)
+                    x[[token, rival]] = value
+                    asked = asked_for(
+                        module, np.int64([token]), vocab, "logprobs", plain=False,
+                        terms_asked=terms(entropy=True, statistics=True),
+                    )  # fmt: skip
+                    table = stats(module, Matrix.of([x]).arg, asked)
+                    want = value > -np.inf and np.argmax(np.float32(x)) == token
+                    close(f"V = {vocab}, {value} at {token} and {rival}, {others} elsewhere", table[-1], float(want))
+
+
 def main(library, cases, first=None):
     module = structs.Module(Path(library))
     drawn = pickle.loads(Path(cases).read_bytes())[: None if first is None else int(first)]
@@ -663,7 +692,7 @@ def main(library, cases, first=None):
     chips = None, structs.Chip(32, 1, 0), structs.Chip(64, 2, 40), structs.Chip(32, 1, 8, team=2)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
-    for name, run in [*by_hand, *random, ("many_rows", lambda: many_rows(module))]:
+    for name, run in [("ties", lambda: ties(module)), *by_hand, *random, ("many_rows", lambda: many_rows(module))]:
         try:
             run()
         except (Wrong, RuntimeError) as error:

@@ -58,8 +58,8 @@ MUTANTS = [
     ("sums.py", "count = body - tl.where(hole < body, PLAN.vector, 0)", "count = body"),
     ("sums.py", "alone = sums.sum == 0", "alone = sums.sum < 0"),
     ("sums.py", "tl.where(alone, target_logit, sums.peak)", "sums.peak"),
-    ("sums.py", "drift += (target_y - maximum) * scale", "drift += 0.0"),
-    ("sums.py", "drift += (target_y - maximum) * scale", "drift += (target_y - sums.maximum) * scale"),
+    ("sums.py", "drift += own", "drift += 0.0"),
+    ("sums.py", "own = (target_y - maximum) * scale", "own = (target_y - sums.maximum) * scale"),
     ("stats.py", "counts = counts & (columns != target)", "counts = counts & (columns != target + 1)"),
     ("loss_and_grad.py", "exists & (side != target)", "exists & (side == side)"),
     ("loss_and_grad.py", "softmax.half * (softmax.half * dense.a)", "dense.a"),
@@ -170,6 +170,25 @@ MUTANTS = [
     ("tokens.py", "x = tl.where(whole != 0, whole * logp, 0.0)", "x = logp"),
     ("tokens.py", "top * unit", "top * inverse_t"),
     ("tokens.py", "tl.where(read, seen.entropy, 0.0)", "seen.entropy"),
+    # Statistics.
+    ("sums.py", "squares = squares * (shrink * shrink)", "squares = squares * 1.0"),
+    ("sums.py", "squares = squares * (shrink * shrink)", "squares = squares * shrink"),
+    ("sums.py", "squares += more_squares", "squares += 0.0"),
+    ("sums.py", "own = tl.minimum(own, -FLOOR)", "own += 0.0"),
+    ("stats.py", "rival = sums.peak if ROW.capped else sums.maximum", "rival = sums.maximum"),
+    ("stats.py", "return ((target_logit > rival) | first)", "return ((target_logit >= rival) | first)"),
+    ("stats.py", "return ((target_logit > rival) | first)", "return (target_logit > rival)"),
+    ("stats.py", "mask=columns < end", "mask=columns < end + 1"),
+    ("stats.py", "mask=columns < end", "mask=columns < end - 1"),
+    ("stats.py", "for start in range(0, end, PREFIX)", "for start in range(0, PREFIX, PREFIX)"),
+    ("softmax.py", "total = others + own", "total = others"),
+    ("softmax.py", "tl.exp(-2.0 * softmax.lead) * squares", "tl.exp(-softmax.lead) * squares"),
+    ("softmax.py", "tl.where(softmax.own == 1, made_up, log_total) - 2.0", "log_total - 2.0"),
+    ("tokens.py", "maximum * unit + drift / vocab", "top * unit + drift / vocab"),
+    ("tokens.py", "tl.where(read, sum_squares, 0.0)", "sum_squares"),
+    ("tokens.py", "tl.where(read, mean_logit, 0.0)", "mean_logit"),
+    ("tokens.py", "tl.where(failed, 0.0, top1)", "top1 + tl.where(failed, 1.0, 0.0)"),
+    ("tokens.py", 'mean_logit = tl.where(failed, float("nan"), ', "mean_logit = tl.where(failed, 0.0, "),
 ]
 
 
@@ -222,6 +241,8 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradient.tolist() == [[0.0, torch.inf]]
     terms.test_stats_as_eager(None, 3)
     terms.test_stats_as_eager(2.0, 1)
+    terms.test_statistics_as_eager(21, None)
+    terms.test_statistics_as_eager(2600, 2.0)
     tail.test_what_each_of_the_others_adds_may_underflow()
     tail.test_target_outside_ends_no_other_row()
     one_shot(monkeypatch, True)

@@ -117,6 +117,52 @@ def test_stats_as_eager(softcap: float | None, num_targets: int) -> None:
     assert got[1, bad].isnan().all()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("vocab", [1, 21, 2600])
+def test_statistics_as_eager(vocab: int, softcap: float | None) -> None:
+    """Stages 1 and 2: masks, ties before and after the target, sure targets and rows that are not read."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(9, vocab, generator=generator)
+    targets = torch.randint(vocab, (9, 1), generator=generator)
+    targets[0], targets[5], targets[7] = IGNORE, vocab // 2, vocab - 1
+    logits[1, vocab // 3] = -torch.inf if vocab > 1 else 0.0
+    logits[2] = torch.nan
+    logits[1].scatter_(0, targets[1], 10.0)
+    logits[3].scatter_(0, targets[3], 30.0)
+    logits[4].scatter_(0, targets[4], -30.0)
+    logits[5, [vocab // 2, vocab - 1]] = 9.0
+    logits[6] = 1.0
+    logits[7, [max(vocab - 2, 0), vocab - 1]] = 9.0
+    logits[8] = torch.finfo(torch.float32).min
+    logits[8].scatter_(0, targets[8], 3.0)
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+
+    def run(module: Backend, device: torch.device) -> tuple[Tensor, Tensor]:
+        given = problem(
+            targets,
+            vocab,
+            weights=weights,
+            temperature=torch.where(weights * (targets[:, 0] != IGNORE) > 0, 0.7, 0.0),  # bad where nothing is read
+            softcap=softcap,
+            shares=torch.ones(9, 1),
+            terms=Terms(entropy=True, statistics=True),
+            device=device,
+        )
+        stats = module.stats(logits.to(device), given)
+        return stats.table.cpu(), module.objective(stats, given, False)[1].cpu()
+
+    (stats, got), (expected_stats, expected) = run(BACKEND, DEVICE), run(EAGER, CPU)
+    sound = torch.tensor([0, 1, 3, 4, 5, 6, 7])  # of the others the stats may be anything, or overflow
+    torch.testing.assert_close(stats[:, sound], expected_stats[:, sound], rtol=1e-5, atol=1e-5)
+    finite = [0, 1, 2, 4]
+    torch.testing.assert_close(got[finite], expected[finite], rtol=1e-5, atol=1e-6, equal_nan=True)
+    sure = torch.tensor([1, 3])  # where it is a small number
+    torch.testing.assert_close(got[2, sure], expected[2, sure], rtol=1e-5, atol=0.0)
+    mean, expected_mean = got[3], expected[3]
+    torch.testing.assert_close(mean[:8], expected_mean[:8], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert vocab == 1 or mean[8] < 0  # and not the distance of the target from its masks
+
+
 def test_stages_as_eager() -> None:
     """What a loss never asks for, or float64 can't tell: single coefficients, an ignore_index inside the vocabulary,
     targets outside of it, infinite logits of targets."""
