@@ -62,11 +62,16 @@ class Decoder(nn.Module):
         counts = torch.bincount(tokens, minlength=self.config.vocab_size).float() + 0.5
         self.head_bias.copy_((counts / counts.sum()).log())
 
-    def forward(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
-        """Logits [batch, logits_to_keep, vocab_size] of the last positions; of all without the argument."""
+    def hidden(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
+        """What the head makes logits of: [batch, logits_to_keep, width]."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:]
-        return F.linear(self.norm(x), self.tokens.weight, self.head_bias)  # the head shares the embedding's weight
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
+        """Logits [batch, logits_to_keep, vocab_size] of the last positions; of all without the argument."""
+        hidden = self.hidden(tokens, logits_to_keep)
+        return F.linear(hidden, self.tokens.weight, self.head_bias)  # the head shares the embedding's weight
