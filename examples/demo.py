@@ -5,6 +5,7 @@ reinforcement learning, once per policy loss; the reward is what Python's own pa
 
     python examples/demo.py            # about three minutes on two CPU cores; uses a GPU if there is one
     python examples/demo.py --quick    # a smoke test
+    python examples/demo.py --head linear    # the fused losses are given the model's head, and make no logits
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 # Read when torch loads: threads that wait by spinning slow a machine down that has other work.
@@ -23,24 +25,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import plain
 import torch
 from corpus import Corpus, Prompt, load_corpus
-from measure import measure
+from measure import Cost, LossFn, measure
 from model import Decoder, ModelConfig
 from report import LIMITS, Policy, Result, plot, print_tables
 from reward import reward
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import fused_losses
-from fused_losses import reference
+from fused_losses import LinearHead, reference
 
 POLICY_LOSSES = ("importance_sampling", "ppo", "cispo", "dro")
 IGNORE = -100
+CHUNK_BYTES = 1 << 24  # 128 tokens' logits; a LinearHead's own choice of 1 GiB would take this example's all at once
 
 
 @dataclass(frozen=True)
 class Settings:
     seed: int = 0
     backend: str = "auto"
+    head: str = "logits"  # what the fused losses are given: these, or "linear", the head that would make them
     files: int = 300  # of the standard library
     repeats: int = 5  # of a timed loss step
     # phase 1
@@ -58,6 +63,11 @@ class Settings:
     policy_rate: float = 1e-3
     temperature: float = 0.7
     judged_prompts: int = 16  # kept apart, to judge the model before and after
+
+    @property
+    def inplace(self) -> bool:
+        """Whether there are logits for the gradient to overwrite; a LinearHead has none."""
+        return self.head == "logits"
 
 
 QUICK = Settings(
@@ -106,6 +116,42 @@ class Trio:
         self.curves["float64"].append(self.float64.update(float64_loss))
 
 
+def logits_or_head(model: Decoder, tokens: Tensor, settings: Settings, keep: int | None = None) -> Tensor | LinearHead:
+    """What a fused loss takes: a model's logits or, in their place, the head that would make them."""
+    if settings.head == "linear":
+        hidden = model.hidden(tokens, keep)
+        return LinearHead(hidden, model.tokens.weight, model.head_bias, chunk_bytes=CHUNK_BYTES)
+    return model(tokens, keep)
+
+
+def exact_logits(model: Decoder, tokens: Tensor, settings: Settings, keep: int | None = None) -> Tensor:
+    """In float64 from where the fused loss begins: from the logits, or with the products that make them."""
+    if settings.head == "linear":
+        inputs = (model.hidden(tokens, keep), model.tokens.weight, model.head_bias)
+        return F.linear(*(tensor.double() for tensor in inputs))
+    return model(tokens, keep).double()
+
+
+def measure_step(
+    loss_fns: dict[str, LossFn],
+    exact: LossFn,
+    model: Decoder,
+    tokens: Tensor,
+    settings: Settings,
+    keep: int | None = None,
+) -> dict[str, Cost]:
+    """What each loss of logits costs; with a linear head, from hidden states on."""
+    if settings.head == "logits":
+        return measure(loss_fns, lambda z: exact(z.double()), (model(tokens, keep),), settings.repeats)
+    heads = dict.fromkeys(loss_fns, F.linear) | {"fused": partial(LinearHead, chunk_bytes=CHUNK_BYTES)}
+    return measure(
+        {name: lambda *x, name=name: loss_fns[name](heads[name](*x)) for name in loss_fns},
+        lambda *x: exact(F.linear(*(tensor.double() for tensor in x))),
+        (model.hidden(tokens, keep), model.tokens.weight, model.head_bias),
+        settings.repeats,
+    )
+
+
 def supervised(model: Decoder, corpus: Corpus, settings: Settings, progress: tqdm) -> tuple[Decoder, Result]:
     progress.set_description("cross_entropy")
     trio = Trio(model, settings.train_rate)
@@ -118,25 +164,28 @@ def supervised(model: Decoder, corpus: Corpus, settings: Settings, progress: tqd
         tokens, targets = batch[:, :-1], batch[:, 1:]
 
         # The whole of it: nothing else needs the logits, so the gradient may overwrite them.
-        logits = trio.fused.model(tokens)
-        loss = fused_losses.cross_entropy(logits, targets, inplace=True, backend=settings.backend)
+        logits = logits_or_head(trio.fused.model, tokens, settings)
+        loss = fused_losses.cross_entropy(logits, targets, inplace=settings.inplace, backend=settings.backend)
 
         trio.update(
             loss,
             reference.cross_entropy(trio.reference.model(tokens), targets),
-            plain.cross_entropy(trio.float64.model(tokens).double(), targets),
+            plain.cross_entropy(exact_logits(trio.float64.model, tokens, settings), targets),
         )
         progress.update()
 
-    costs = measure(
+    costs = measure_step(
         {
-            "fused": lambda z: fused_losses.cross_entropy(z, targets, inplace=True, backend=settings.backend),
+            "fused": lambda z: fused_losses.cross_entropy(
+                z, targets, inplace=settings.inplace, backend=settings.backend
+            ),
             "plain": lambda z: plain.cross_entropy(z, targets),
             "reference": lambda z: reference.cross_entropy(z, targets),
         },
-        lambda z: plain.cross_entropy(z.double(), targets),
-        trio.fused.model(tokens),
-        settings.repeats,
+        lambda z: plain.cross_entropy(z, targets),
+        trio.fused.model,
+        tokens,
+        settings,
     )
     progress.update()
     return trio.fused.model, Result(trio.curves, costs)
@@ -175,7 +224,7 @@ def roll_out(
     end = (targets == corpus.end_token).int()
     targets[end.cumsum(1) > end] = IGNORE  # what follows the end is not part of the completion
 
-    logits = model(tokens[:, :-1], logits_to_keep=settings.completion_length)
+    logits = logits_or_head(model, tokens[:, :-1], settings, settings.completion_length)
     old_logprobs = fused_losses.logprobs(logits, targets, temperature=settings.temperature, backend=settings.backend)
 
     completions = [corpus.tokenizer.decode([t for t in row if t != IGNORE]) for row in targets.tolist()]
@@ -219,13 +268,13 @@ def reinforcement(name: str, model: Decoder, corpus: Corpus, settings: Settings,
 
             targets, old_logprobs, advantages = inputs
             loss, outputs = fused_loss(
-                trio.fused.model(tokens, keep),
+                logits_or_head(trio.fused.model, tokens, settings, keep),
                 targets,
                 old_logprobs,
                 advantages,
                 temperature=temperature,
                 reduction="mean",
-                inplace=True,
+                inplace=settings.inplace,
                 return_outputs=True,
                 backend=settings.backend,
             )
@@ -233,22 +282,25 @@ def reinforcement(name: str, model: Decoder, corpus: Corpus, settings: Settings,
             eager = reference_loss(
                 trio.reference.model(tokens, keep), *inputs, temperature=temperature, reduction="mean"
             )
-            exact = plain_loss(trio.float64.model(tokens, keep).double(), *inputs, temperature=temperature)
+            exact_input = exact_logits(trio.float64.model, tokens, settings, keep)
+            exact = plain_loss(exact_input, *inputs, temperature=temperature)
             trio.update(loss, eager, exact)
             progress.update()
         clipped.append(clip_fraction(outputs.logprobs, *inputs))
 
     tokens, inputs = rollout.minibatch(torch.arange(settings.rows * settings.length // keep))  # tokens as in phase 1
     options = {"temperature": temperature, "reduction": "mean"}
-    costs = measure(
+    costs = measure_step(
         {
-            "fused": lambda z: fused_loss(z, *inputs, **options, inplace=True, backend=settings.backend),
+            "fused": lambda z: fused_loss(z, *inputs, **options, inplace=settings.inplace, backend=settings.backend),
             "plain": lambda z: plain_loss(z, *inputs, temperature=temperature),
             "reference": lambda z: reference_loss(z, *inputs, **options),
         },
-        lambda z: plain_loss(z.double(), *inputs, temperature=temperature),
-        trio.fused.model(tokens, keep),
-        settings.repeats,
+        lambda z: plain_loss(z, *inputs, temperature=temperature),
+        trio.fused.model,
+        tokens,
+        settings,
+        keep,
     )
     progress.update()
     policy = Policy(rewards, before, judge(), sum(clipped) / len(clipped), rollout.best)
@@ -260,6 +312,12 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument(
         "--backend", default="auto", help="of the fused losses: auto (default), cuda, triton, cpu, eager"
+    )
+    parser.add_argument(
+        "--head",
+        default="logits",
+        choices=("logits", "linear"),
+        help="what the fused losses are given: the model's logits (default), or its head, which then makes none",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps on a few files")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps and rollouts (default 1)")
@@ -273,6 +331,7 @@ def main() -> int:
         settings,
         seed=arguments.seed,
         backend=arguments.backend,
+        head=arguments.head,
         train_steps=max(1, round(arguments.scale * settings.train_steps)),
         rollouts=max(1, round(arguments.scale * settings.rollouts)),
     )
@@ -304,6 +363,7 @@ def main() -> int:
         results,
         completions=settings.judged_prompts * settings.group,
         tokens=settings.rows * settings.length,
+        head=settings.head,
     )
     path = arguments.output / "curves.png"
     plot(results, path)

@@ -1,4 +1,7 @@
-"""What a loss step costs, from logits to loss and dlogits without the model, and how exact its dlogits are."""
+"""What a loss step costs, from logits to loss and dlogits without the model, and how exact its dlogits are.
+
+With a LinearHead the step begins at what that is given: hidden states, weight and bias, and ends at their gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,24 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-LossFn = Callable[[Tensor], Tensor]  # logits to loss
+LossFn = Callable[..., Tensor]  # logits, or hidden, weight and bias, to loss
 
 
 @dataclass
 class Cost:
     milliseconds: float  # median
-    peak_bytes: int  # the most that is allocated at one time, the logits not counted
-    error: float  # of dlogits, as a share of the largest of them: at most this for 99 % of the tokens
+    peak_bytes: int  # the most that is allocated at one time, the inputs not counted
+    error: float  # of the first input's gradient, as a share of its largest: at most this for 99 % of the tokens
 
 
-def fresh(logits: Tensor) -> Tensor:
-    """A copy that is no leaf, as a model's logits are, so that a loss may overwrite it."""
-    return logits.detach().requires_grad_() + 0.0
+def fresh(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copies that are no leaves, as a model's logits are, so that a loss may overwrite them."""
+    return tuple(tensor.detach().requires_grad_() + 0.0 for tensor in inputs)
 
 
-def step(loss_fn: LossFn, logits: Tensor) -> Tensor:
-    edge = torch.autograd.graph.get_gradient_edge(logits)  # taken before the loss may write to the logits
-    (dlogits,) = torch.autograd.grad(loss_fn(logits), edge)
-    return dlogits
+def step(loss_fn: LossFn, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    edges = [torch.autograd.graph.get_gradient_edge(x) for x in inputs]  # taken before the loss may write to them
+    return torch.autograd.grad(loss_fn(*inputs), edges)
 
 
 @contextmanager
@@ -50,10 +52,10 @@ def silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def cpu_peak(run: Callable[[], Tensor]) -> int:
+def cpu_peak(run: Callable[[], object]) -> int:
     """Peak of the bytes that PyTorch's allocator holds for `run`: the profiler records every allocation."""
     with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()  # kept to the end: dlogits are part of the step
+        result = run()  # kept to the end: gradients are part of the step
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
@@ -66,14 +68,18 @@ def cpu_peak(run: Callable[[], Tensor]) -> int:
     return peak
 
 
-def cuda_peak(run: Callable[[], Tensor], device: torch.device) -> int:
+def cuda_peak(run: Callable[[], object], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+def peak(run: Callable[[], object], device: torch.device) -> int:
+    return cuda_peak(run, device) if device.type == "cuda" else cpu_peak(run)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -83,33 +89,32 @@ def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(loss_fns: dict[str, LossFn], exact: LossFn, logits: Tensor, repeats: int) -> dict[str, Cost]:
-    """The cost of each loss on the same logits. They take turns, so that a busy machine is unfair to none."""
-    device = logits.device
-    truth = step(exact, fresh(logits))
-    # With all advantages near 0 there is next to no gradient to compare with: a mean's natural size is 1 / tokens.
-    scale = max(truth.abs().max().item(), logits.shape[-1] / logits.numel())
+def measure(loss_fns: dict[str, LossFn], exact: LossFn, inputs: tuple[Tensor, ...], repeats: int) -> dict[str, Cost]:
+    """The cost of each loss on the same inputs. They take turns, so that a busy machine is unfair to none."""
+    first, *weights = inputs
+    device = first.device
+    truth = step(exact, fresh(inputs))[0]
+    # With all advantages near 0 there is next to no gradient to compare with: a mean's natural size is 1 / tokens,
+    # times a weight where the gradient is that of hidden states.
+    natural = first.shape[-1] / first.numel() * (weights[0].abs().max().item() if weights else 1.0)
+    scale = max(truth.abs().max().item(), natural)
 
-    def error(dlogits: Tensor) -> float:
-        per_token = (dlogits - truth).abs().amax(-1).flatten()
+    def error(gradient: Tensor) -> float:
+        per_token = (gradient - truth).abs().amax(-1).flatten()
         # Not the largest: PPO's gradient jumps at its bounds, and rounding may carry a token across one.
         return per_token.quantile(0.99).item() / scale
 
     costs = {}
     for name, loss_fn in loss_fns.items():
-        z = fresh(logits)
-
-        def run(loss_fn: LossFn = loss_fn, z: Tensor = z) -> Tensor:
-            return step(loss_fn, z)
-
-        peak = cuda_peak(run, device) if device.type == "cuda" else cpu_peak(run)
-        costs[name] = Cost(0.0, peak, error(step(loss_fn, fresh(logits))))
+        x = fresh(inputs)
+        peak_bytes = peak(lambda loss_fn=loss_fn, x=x: step(loss_fn, x), device)
+        costs[name] = Cost(0.0, peak_bytes, error(step(loss_fn, fresh(inputs))[0]))
 
     times: dict[str, list[float]] = {name: [] for name in loss_fns}
     for _ in range(repeats):
         for name, loss_fn in loss_fns.items():
-            z = fresh(logits)
-            times[name].append(seconds(lambda loss_fn=loss_fn, z=z: step(loss_fn, z), device))
+            x = fresh(inputs)
+            times[name].append(seconds(lambda loss_fn=loss_fn, x=x: step(loss_fn, x), device))
     for name in loss_fns:
         costs[name].milliseconds = 1e3 * statistics.median(times[name])
     return costs

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+NORM_EPS = torch.finfo(torch.float32).eps  # what it is by default; in float64 that would be less, and another model
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -23,10 +25,10 @@ class Block(nn.Module):
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.attention_norm = nn.RMSNorm(width)
+        self.attention_norm = nn.RMSNorm(width, NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp_norm = nn.RMSNorm(width, NORM_EPS)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
 
@@ -46,7 +48,7 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, NORM_EPS)
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -62,11 +64,16 @@ class Decoder(nn.Module):
         counts = torch.bincount(tokens, minlength=self.config.vocab_size).float() + 0.5
         self.head_bias.copy_((counts / counts.sum()).log())
 
-    def forward(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
-        """Logits [batch, logits_to_keep, vocab_size] of the last positions; of all without the argument."""
+    def hidden(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
+        """What the head makes logits of: [batch, logits_to_keep, width]."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:]
-        return F.linear(self.norm(x), self.tokens.weight, self.head_bias)  # the head shares the embedding's weight
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, logits_to_keep: int | None = None) -> Tensor:
+        """Logits [batch, logits_to_keep, vocab_size] of the last positions; of all without the argument."""
+        hidden = self.hidden(tokens, logits_to_keep)
+        return F.linear(hidden, self.tokens.weight, self.head_bias)  # the head shares the embedding's weight

@@ -52,10 +52,14 @@ class Result:
         return max(10 * eager.max().item() if len(eager) else 0.0, 16 * EPS * self.largest)
 
     @property
+    def curves_agree(self) -> bool:
+        within = bool((self.distances("fused", "float64")[: self.judged] <= self.allowed).all())  # NaN is not <=
+        return self.judged > 0 and within
+
+    @property
     def agrees(self) -> bool:
         """The curves as above; dlogits, on the same logits, within 3 times eager's error."""
-        curve = bool((self.distances("fused", "float64")[: self.judged] <= self.allowed).all())  # NaN is not <=
-        return self.judged > 0 and curve and self.costs["fused"].error <= 3 * self.costs["reference"].error + 16 * EPS
+        return self.curves_agree and self.costs["fused"].error <= 3 * self.costs["reference"].error + 16 * EPS
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -66,7 +70,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(["", row[0].ljust(widths[0]), *cells[1:]]))
 
 
-def print_tables(results: dict[str, Result], completions: int, tokens: int) -> None:
+def print_tables(results: dict[str, Result], completions: int, tokens: int, head: str) -> None:
     header = ["loss", "updates", "first", "last", "fused-eager", "fused-float64", "eager-float64"]
     rows = []
     for name, r in results.items():
@@ -76,7 +80,10 @@ def print_tables(results: dict[str, Result], completions: int, tokens: int) -> N
             row.append(f"{r.distances(*pair).max().item():.1e}")
         rows.append([*row, str(r.judged), f"{r.allowed:.1e}", "agrees" if r.agrees else "DISAGREES"])
     print_table("Loss curves: the largest distance of two", [*header, "judged", "allowed", "verdict"], rows)
-    print("  eager: the float32 reference; float64: the loss alone in float64, on float32 logits")
+    exact = "the loss alone in float64, on float32 logits"
+    if head == "linear":
+        exact = "the loss and the head's products in float64, on float32 hidden states"
+    print(f"  eager: the float32 reference; float64: {exact}")
     print("  allowed, for fused-float64: ten times eager-float64, since rounding takes every run another way")
     print("  judged: updates before eager itself leaves float64. PPO's gradient jumps where a ratio meets its bound:")
     print("  one token that rounding carries across parts the curves, whoever rounds")
@@ -87,8 +94,15 @@ def print_tables(results: dict[str, Result], completions: int, tokens: int) -> N
         costs = [r.costs[k] for k in ("fused", "plain", "reference")]
         row = [name, *(f"{c.milliseconds:.1f} ms" for c in costs), *(f"{c.peak_bytes / 1e6:.1f} MB" for c in costs)]
         rows.append([*row, *(f"{r.costs[k].error:.1e}" for k in ("fused", "reference"))])
-    print_table("Loss step: median time, peak memory beyond the logits, relative error of dlogits", header, rows)
-    print(f"  from logits to dlogits, {tokens} tokens; error: at most this for 99 % of the tokens; fused: in place")
+    if head == "linear":
+        title = "Loss step with the head: median time, peak memory beyond its inputs, relative error of d(hidden)"
+        what = "from hidden states to gradients of them and of the head"
+        fused = "fused: logits in chunks"
+    else:
+        title = "Loss step: median time, peak memory beyond the logits, relative error of dlogits"
+        what, fused = "from logits to dlogits", "fused: in place"
+    print_table(title, header, rows)
+    print(f"  {what}, {tokens} tokens; error: at most this for 99 % of the tokens; {fused}")
     print("  plain: as usually written in torch; reference: eager too, but written to be checked, not to be fast")
 
     header = ["loss", "before", "after", "clipped", "best completion of the last rollout"]

@@ -335,7 +335,8 @@ def _source(logits: Tensor | Origin, problem: Problem, how: How) -> stages.Sourc
     watched = ops.watched(_made_of(logits), problem)
     if isinstance(logits, Origin):
         source = logits.source(how)
-        return ops.WatchedHead(source) if watched and isinstance(source, Head) else source
+        # operators take no group, and no tensor that they would add to
+        return ops.WatchedHead(source) if watched and isinstance(source, Head) and logits.traced() else source
     kind = ops.Watched if watched else Logits
     return kind(how.backend, how.inplace, how.validate)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from conftest import require
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses
@@ -170,6 +171,38 @@ def mesh() -> Iterator[Any]:
         yield init_device_mesh("cpu", (1,))
     finally:
         distributed.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them, as FlopCounterMode counts operations."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_sharded_head_gathers_while_somebody_watches(mesh):
+    """Operators take no group: through them a rank would take its own classes for all."""
+    call = Call()
+    hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(VOCAB, 8)
+    head = fused_losses.LinearHead(hidden, weight, group=mesh.get_group(), vocab_size=VOCAB)
+    fused_losses.cross_entropy(head, call.target_tokens)  # ranks have compared what they say
+    with Collectives() as collectives:
+        fused_losses.cross_entropy(head, call.target_tokens).backward()
+    assert collectives.seen == 2  # of statistics, and of the gradient of hidden
+
+
+def test_weight_grad_is_added_to_while_somebody_watches():
+    call = Call()
+    hidden, weight = torch.randn(N, 8), torch.randn(VOCAB, 8, requires_grad=True)
+    buffers = torch.zeros(2, VOCAB, 8)
+    for buffer, mode in zip(buffers, (nullcontext(), Collectives()), strict=True):
+        with mode:
+            head = fused_losses.LinearHead(hidden, weight, weight_grad=buffer)
+            fused_losses.cross_entropy(head, call.target_tokens).backward()
+    assert buffers[0].any() and buffers[1].equal(buffers[0])
 
 
 def test_dtensors_are_refused_by_name(mesh):
