@@ -63,6 +63,8 @@ def cross_entropy(
     reduction: Reduction,
     how: How,
 ) -> Result:
+    if isinstance(logits, Origin):
+        logits = logits.checked()  # whose shape may be none until then
     several = checks.several_targets(logits, target_tokens)
     logits, tokens = checks.logits_and_targets(logits, target_tokens, several)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
