@@ -185,8 +185,8 @@ class Products:
         self.shape = hidden.shape
         # on a CPU it is no synchronisation to see that all of them do
         self.flows = None if flows is None or (flows.is_cpu and bool(flows.all())) else flows
-        # one chunk is no sum: its product is rounded once
-        self.sum_dtype = head.sum_dtype if chunks > 1 else weight.dtype
+        # one chunk is no sum: its product is rounded once, to what products can give
+        self.sum_dtype = weight.dtype if chunks <= 1 and weight.dtype is head.products else head.sum_dtype
         self.buffer: Tensor | None = None
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
