@@ -227,9 +227,9 @@ class Products:
             reduction.wait()
         wants_hidden, wants_weight, *wants_bias = self.head.needs
         if wants_hidden and self.d_hidden is None:
-            self.d_hidden = torch.zeros_like(self.hidden)
+            self.d_hidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         if wants_weight and self.d_weight is None and self.head.weight_grad is None:
-            self.d_weight = torch.zeros_like(self.weight)
+            self.d_weight = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
         if any(wants_bias) and self.d_bias is None:
             self.d_bias = torch.zeros_like(self.weight[:, 0])
         d_hidden = None if self.d_hidden is None else self.d_hidden.view(self.shape)
@@ -255,7 +255,7 @@ class Products:
     def _send_to_hidden(self, tokens: Selection, gradient: Tensor) -> None:
         if self.d_hidden is None:
             make = torch.zeros_like if self.head.skip_masked else torch.empty_like
-            self.d_hidden = make(self.hidden)
+            self.d_hidden = make(self.hidden, memory_format=torch.contiguous_format)
         layout = self.head.layout
         reduces = layout is not None and not self.head.partial
         if isinstance(tokens, slice) and self.d_hidden.dtype is gradient.dtype:
@@ -272,7 +272,7 @@ class Products:
         into = self.d_weight if self.head.weight_grad is None else self.head.weight_grad
         first = into is None
         if into is None:
-            into = self.d_weight = torch.empty_like(self.weight, dtype=self.sum_dtype)
+            into = self.d_weight = torch.empty(self.weight.shape, dtype=self.sum_dtype, device=self.weight.device)
         by_class = gradient.t()
         if into.dtype is hidden.dtype:
             torch.mm(by_class, hidden, out=into) if first else into.addmm_(by_class, hidden)
