@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_losses
 from fused_losses import LinearHead, reference
+from fused_losses.backends import unusable
 from fused_losses.linear_head import _rows_of
 from fused_losses.objectives import OBJECTIVES
 
@@ -480,9 +481,9 @@ def sizes_of(given: Given, truth: Got) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("sums", [torch.float32, torch.bfloat16])
 def test_weight_gradient_is_summed_in_float32(backend, device, sums):
-    """600 chunks of one token, each of which adds the same: in bfloat16 a sum of 256 takes no more ones."""
-    n = 40 if backend == "triton" and device.type == "cpu" else 600
-    if n < 600 and sums is torch.bfloat16:
+    """300 chunks of one token, each of which adds a half: in bfloat16 a sum of 128 takes no more of them."""
+    n = 20 if backend == "triton" and device.type == "cpu" else 300
+    if n < 300 and sums is torch.bfloat16:
         pytest.skip("interpreted, there are too few to see a difference")
     hidden = torch.ones(n, H, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(2, H, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -752,10 +753,9 @@ COUNTS = {
 @pytest.mark.parametrize("skip_masked", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", COUNTS, ids="+".join)
-@HOSTS
-def test_work(host, wanted, mode, skip_masked):
-    """Only the products that remain; with ``skip_masked`` only the rows that remain."""
-    require(host)
+def test_work(wanted, mode, skip_masked):
+    """Only the products that remain; with ``skip_masked`` only the rows that remain. The same on every backend."""
+    host = "eager" if unusable("cpu", torch.device("cpu")) else "cpu"
     given = given_of("cross_entropy", torch.device("cpu")).having(**MODES[mode])
     leaves = leaves_of(given, wanted)
 
