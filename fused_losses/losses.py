@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from . import call
+from .linear_head import LinearHead
 from .objectives import Objective
 from .outputs import Outputs
 from .problem import (
@@ -27,11 +28,12 @@ from .problem import (
     Sequences,
     Transform,
 )
+from .vocab_shard import VocabShard
 
 
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -51,7 +53,7 @@ def cross_entropy(
 ) -> Tensor: ...
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -71,7 +73,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -90,7 +92,7 @@ def cross_entropy(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -118,7 +120,8 @@ def cross_entropy(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``. Or (..., K), K targets per token, any of
             them twice or ignored; then ``weights`` are broadcastable to (..., K), may have any sign, and 0 makes a
             target padding; ``outputs.logprobs`` has that shape, too, and "none" gives the sums over K.
@@ -166,7 +169,7 @@ def cross_entropy(
 
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -193,7 +196,7 @@ def importance_sampling(
 ) -> Tensor: ...
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -220,7 +223,7 @@ def importance_sampling(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -246,7 +249,7 @@ def importance_sampling(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -278,7 +281,8 @@ def importance_sampling(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -345,7 +349,7 @@ def importance_sampling(
 
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -376,7 +380,7 @@ def ppo(
 ) -> Tensor: ...
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -407,7 +411,7 @@ def ppo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -437,7 +441,7 @@ def ppo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -473,7 +477,8 @@ def ppo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -554,7 +559,7 @@ def ppo(
 
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -583,7 +588,7 @@ def cispo(
 ) -> Tensor: ...
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -612,7 +617,7 @@ def cispo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -640,7 +645,7 @@ def cispo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -674,7 +679,8 @@ def cispo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -748,7 +754,7 @@ def cispo(
 
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -776,7 +782,7 @@ def dro(
 ) -> Tensor: ...
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -804,7 +810,7 @@ def dro(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -831,7 +837,7 @@ def dro(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -865,7 +871,8 @@ def dro(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...).
@@ -933,7 +940,7 @@ def dro(
 
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -966,7 +973,7 @@ def sapo(
 ) -> Tensor: ...
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -999,7 +1006,7 @@ def sapo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1031,7 +1038,7 @@ def sapo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1069,7 +1076,8 @@ def sapo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -1151,7 +1159,7 @@ def sapo(
 
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1185,7 +1193,7 @@ def gspo(
 ) -> Tensor: ...
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1219,7 +1227,7 @@ def gspo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1252,7 +1260,7 @@ def gspo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1294,7 +1302,8 @@ def gspo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -1376,7 +1385,7 @@ def gspo(
 
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1407,7 +1416,7 @@ def gmpo(
 ) -> Tensor: ...
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1438,7 +1447,7 @@ def gmpo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1468,7 +1477,7 @@ def gmpo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1506,7 +1515,8 @@ def gmpo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
@@ -1586,7 +1596,7 @@ def gmpo(
 
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1612,7 +1622,7 @@ def policy_loss(
 ) -> Tensor: ...
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1638,7 +1648,7 @@ def policy_loss(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1663,7 +1673,7 @@ def policy_loss(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1691,7 +1701,8 @@ def policy_loss(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         objective: what maps the (...) float32 logprobs of the targets, and ``inputs``, to the loss:
 
@@ -1768,7 +1779,7 @@ def policy_loss(
 
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: Literal[False] = False,
@@ -1780,7 +1791,7 @@ def logprobs(
 ) -> Tensor: ...
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: Literal[True],
@@ -1792,7 +1803,7 @@ def logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: bool,
@@ -1803,7 +1814,7 @@ def logprobs(
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: bool = False,
@@ -1817,7 +1828,8 @@ def logprobs(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         return_entropy: return ``(logprobs, entropy)``; entropy is -sum_j p_j log p_j with p = softmax(z), of the same
             read and with a gradient, too.

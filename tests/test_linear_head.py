@@ -222,7 +222,7 @@ def assert_right(got: Got, expected: Truth, wanted: str | tuple[str, ...] = NAME
     made_of = (hidden.abs() @ weight.abs().t()).amax().item()  # roundings of this are errors of the exponents
     scale, size = torch.ones(()), truth.logits_gradient.abs()
     if given.name in LOSSES:
-        names = [name for name in OBJECTIVES[given.name].inputs]
+        names = list(OBJECTIVES[given.name].inputs)
         columns = dict(zip(names, given.args[1:], strict=False))
         case = Case(given.name, logits, given.target_tokens, {**columns, **given.keywords})
         scale, size = _loss_scale(case), magnitude(case, truth.logits_gradient)
@@ -498,10 +498,8 @@ def test_weight_gradient_is_summed_in_float32(backend, device, sums):
 
 INACTIVE = {
     "ignored": lambda given: given,
-    "of weight 0": lambda given: (
-        replace(given, args=(given.target_tokens.clamp(min=0), *given.args[1:])).having(
-            weights=(given.target_tokens != -100).float()
-        )
+    "of weight 0": lambda given: replace(given, args=(given.target_tokens.clamp(min=0), *given.args[1:])).having(
+        weights=(given.target_tokens != -100).float()
     ),
 }
 
@@ -599,7 +597,10 @@ def test_target_out_of_range(host, skip_masked, validate):
     logits = LinearHead(*leaves, chunk_bytes=chunk_bytes(2), skip_masked=skip_masked)
 
     def called(**keywords: Any) -> None:
-        for function in (fused_losses.cross_entropy, lambda *args, **kwargs: fused_losses.logprobs(*args, backend=host)):
+        for function in (
+            fused_losses.cross_entropy,
+            lambda *args, **kwargs: fused_losses.logprobs(*args, backend=host),
+        ):
             with pytest.raises(ValueError, match=rf"target_tokens .* got {VOCAB} at token 4 of {N}"):
                 function(logits, target, backend=host, validate=validate, **keywords)
 
@@ -612,9 +613,7 @@ def test_validate_looks_at_values(backend, device):
     temperature[1, 2] = -1.0
     logits = LinearHead(*given.inputs, chunk_bytes=chunk_bytes(2))
     with pytest.raises(ValueError, match="temperature"):
-        fused_losses.cross_entropy(
-            logits, given.target_tokens, temperature=temperature, validate=True, backend=backend
-        )
+        fused_losses.cross_entropy(logits, given.target_tokens, temperature=temperature, validate=True, backend=backend)
 
 
 # ---- When a gradient is made, and how often ----
