@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cases import EPS, GRADIENT_FACTOR, INPUTS, LOSS_FACTOR, LOSSES, Case, _loss_scale, half_ulp, magnitude
 from conftest import require
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses
@@ -958,6 +959,30 @@ def test_accumulation_in_a_buffer(backend, device, mode, dtype):
         assert (error <= step * (rounding * (1 + size) + 1e-6)).all()
     assert leaves[1].grad is None
     assert leaves[0].grad is not None and leaves[2].grad is not None
+
+
+class Watching(TorchDispatchMode):
+    """As what counts operations is, or selective activation checkpointing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@HOSTS
+def test_watched(host, mode):
+    """Somebody who watches operators changes nothing, and a buffer is not forgotten on the way through them."""
+    require(host)
+    given = given_of("ppo, terms", torch.device("cpu")).having(**MODES[mode])
+    for options in ({}, {"weight_grad": torch.zeros(VOCAB, H)}):
+        for wanted in (NAMES,) if options else (NAMES, ("hidden",)):
+            expected = run(given, host, head(chunk_bytes=chunk_bytes(2)), wanted)
+            with Watching():
+                got = run(given, host, head(chunk_bytes=chunk_bytes(2), **options), wanted)
+            if options:
+                assert got.gradients["weight"] is None
+                got.gradients["weight"] = options["weight_grad"]
+            torch.testing.assert_close((got.loss, got.gradients), (expected.loss, expected.gradients))
 
 
 def test_accumulation_by_autograd(backend, device):
