@@ -131,7 +131,13 @@ def per_token(scale: float, offset: float = 0.0) -> Callable[[], Tensor]:
 
 WEIGHTS = [[1.0, 0.5, 2.0], [0.0, 3.0, 1.0]]
 TRANSFORM = {"softcap": 6.0, "logit_scale": 0.9, "temperature": per_token(1.0, 0.5)}
-TERMS = {"entropy_coef": 0.3, "kl_coef": per_token(1.0), "ref_logprobs": per_token(-4.0), "importance_weights": 0.7}
+TERMS = {
+    "entropy_coef": per_token(0.6, -0.2),
+    "kl_coef": per_token(1.0),
+    "ref_logprobs": per_token(-4.0),
+    "importance_weights": per_token(1.0, 0.2),
+    "log_ratio_clamp": per_token(1.0, 0.3),
+}
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in LOSSES},
     **{f"{name}, terms": (name, TERMS) for name in LOSSES if "advantages" in OBJECTIVES[name].inputs},
@@ -493,6 +499,19 @@ def test_weight_gradient_is_summed_in_float32(backend, device, sums):
     fused_losses.cross_entropy(logits, target, reduction="sum", backend=backend).backward()
     right = (weight.grad[0].float() + n / 2).abs().max() <= n / 2 * 2**-8
     assert right == (sums is torch.float32)
+
+
+@HOSTS
+def test_loss_is_summed_in_float64(host):
+    """1000 chunks of one token, and no more than a rounding of the sum."""
+    require(host)
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(1000, H), torch.randn(3, H), torch.randint(3, (1000,))
+    truth = reference.cross_entropy(hidden.double() @ weight.double().t(), target, reduction="sum")
+    for grad in (False, True):
+        logits = LinearHead(hidden, weight.requires_grad_(grad), chunk_bytes=chunk_bytes(1, 3))
+        loss = fused_losses.cross_entropy(logits, target, reduction="sum", backend=host)
+        torch.testing.assert_close(loss.double(), truth, rtol=EPS, atol=0)
 
 
 # ---- Inactive tokens ----
@@ -917,6 +936,24 @@ def test_autocast(backend, device, mode, hidden_dtype, products_dtype):
             for error, yardstick, size in zip(errors, eager, sizes, strict=True):
                 relative = (yardstick / size).nan_to_num(0.0).amax(-1, keepdim=True).clamp(min=2**-8)
                 assert (error <= GRADIENT_FACTOR * relative * size).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fp32_head_under_autocast(backend, device, mode):
+    """Products of bfloat16 numbers, and nothing else in bfloat16: autocast has no say over what is made in between."""
+    given = given_of("cross_entropy", device).having(**MODES[mode])
+    rounded = replace(given, inputs=tuple(t.bfloat16() for t in given.inputs))
+    truth = run(rounded.to(torch.float64), None)
+    for rows in (2, N):
+        leaves = leaves_of(given)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = LinearHead(*leaves, logits_dtype=torch.float32, chunk_bytes=chunk_bytes(rows, size=6))
+            loss = loss_of(given, logits, backend)
+            loss.sum().backward()
+        torch.testing.assert_close(loss.double(), truth.loss, **CLOSE)
+        for leaf, name, size in zip(leaves, NAMES, sizes_of(rounded, truth), strict=True):
+            assert leaf.grad.dtype == torch.float32
+            assert ((leaf.grad.double() - truth.gradients[name]).abs() <= 2 * 2**-8 * size + 1e-6).all(), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
