@@ -64,6 +64,8 @@ def cross_entropy(
     reduction: Reduction,
     how: How,
 ) -> Result:
+    if isinstance(logits, Origin):
+        logits = logits.checked()  # whose shape may be none until then
     several = checks.several_targets(logits, target_tokens)
     logits, tokens = checks.logits_and_targets(logits, target_tokens, several)
     divisor = checks.denominator(reduction.denominator, reduction.reduction, logits)
@@ -433,6 +435,8 @@ def _composed(
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
+    if how.inplace and isinstance(logits, Origin):
+        logits.overwritten()
     if how.inplace and stages.wants_gradient(_made_of(logits)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
     checked: dict[str, Column | None] = {

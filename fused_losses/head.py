@@ -20,7 +20,7 @@ from torch import Tensor
 from . import checks
 from .backends import Backend, resolve
 from .backends.eager import BACKEND as EAGER
-from .backends.eager import rows_to_read
+from .backends.eager import active_rows, rows_to_read
 from .problem import (
     BackendName,
     Coefficients,
@@ -68,7 +68,7 @@ class Head(NamedTuple):
         table = _zeros(logprobs_shape(problem.n, problem.targets.num, problem.plain), inputs[0])
         with self._without_autocast(inputs):
             chunks = self._chunks(problem)
-            products = Products(self, inputs, len(chunks))
+            products = Products(self, inputs, len(chunks), active_rows(problem))
             for tokens in chunks:
                 logits = products.logits(tokens)
                 part, logprobs = backend.loss_and_grad(logits, problem.rows(tokens), logits)
@@ -120,7 +120,7 @@ class Head(NamedTuple):
         flows = (coefficients.table != 0).any(0) & (upstream != 0)
         with self._without_autocast(inputs):
             chunks = self.spans(flows)
-            products = Products(self, inputs, len(chunks))
+            products = Products(self, inputs, len(chunks), flows)
             for tokens in chunks:
                 logits = products.logits(tokens)
                 backend.grad(
@@ -176,7 +176,8 @@ def _zeros(shape: tuple[int, ...], beside: Tensor) -> Tensor:
 class Products:
     """The matrix products of a call: logits of a chunk of tokens, and from their gradient those of the inputs."""
 
-    def __init__(self, head: Head, inputs: tuple[Tensor, ...], chunks: int):
+    def __init__(self, head: Head, inputs: tuple[Tensor, ...], chunks: int, flows: Tensor | None = None):
+        """flows: (N,) bool, which tokens send a gradient, for that of weight."""
         hidden, weight, *bias = (tensor.detach() for tensor in inputs)
         self.head = head
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -184,8 +185,10 @@ class Products:
         self.bias = bias[0].to(head.products) if bias else None
         self.dtypes = [tensor.dtype for tensor in inputs]
         self.shape = hidden.shape
-        # one chunk is no sum: its product is rounded once
-        self.sum_dtype = head.sum_dtype if chunks > 1 else weight.dtype
+        # on a CPU it is no synchronisation to see that all of them do
+        self.flows = None if flows is None or (flows.is_cpu and bool(flows.all())) else flows
+        # one chunk is no sum: its product is rounded once, to what products can give
+        self.sum_dtype = weight.dtype if chunks <= 1 and weight.dtype is head.products else head.sum_dtype
         self.buffer: Tensor | None = None
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
@@ -215,7 +218,7 @@ class Products:
         if wants_hidden:
             self._send_to_hidden(tokens, gradient)
         if wants_weight:
-            self._send_to_weight(gradient, self._hidden(tokens))
+            self._send_to_weight(gradient, self._hidden_that_flows(tokens))
         if any(wants_bias):
             part = gradient.sum(0, dtype=torch.float32)
             self.d_bias = part if self.d_bias is None else self.d_bias.add_(part)
@@ -226,9 +229,9 @@ class Products:
             reduction.wait()
         wants_hidden, wants_weight, *wants_bias = self.head.needs
         if wants_hidden and self.d_hidden is None:
-            self.d_hidden = torch.zeros_like(self.hidden)
+            self.d_hidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         if wants_weight and self.d_weight is None and self.head.weight_grad is None:
-            self.d_weight = torch.zeros_like(self.weight)
+            self.d_weight = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
         if any(wants_bias) and self.d_bias is None:
             self.d_bias = torch.zeros_like(self.weight[:, 0])
         d_hidden = None if self.d_hidden is None else self.d_hidden.view(self.shape)
@@ -237,6 +240,11 @@ class Products:
 
     def _hidden(self, tokens: Selection) -> Tensor:
         return self.hidden[tokens].to(self.head.products)
+
+    def _hidden_that_flows(self, tokens: Selection) -> Tensor:
+        """0 for a token whose gradient is: dW is a sum over tokens, and 0 * NaN is NaN."""
+        hidden = self._hidden(tokens)
+        return hidden if self.flows is None else hidden.masked_fill(~self.flows[tokens, None], 0.0)
 
     def _buffer(self, rows: int) -> Tensor:
         vocab = self.weight.shape[0]
@@ -249,7 +257,7 @@ class Products:
     def _send_to_hidden(self, tokens: Selection, gradient: Tensor) -> None:
         if self.d_hidden is None:
             make = torch.zeros_like if self.head.skip_masked else torch.empty_like
-            self.d_hidden = make(self.hidden)
+            self.d_hidden = make(self.hidden, memory_format=torch.contiguous_format)
         layout = self.head.layout
         reduces = layout is not None and not self.head.partial
         if isinstance(tokens, slice) and self.d_hidden.dtype is gradient.dtype:
@@ -266,7 +274,7 @@ class Products:
         into = self.d_weight if self.head.weight_grad is None else self.head.weight_grad
         first = into is None
         if into is None:
-            into = self.d_weight = torch.empty_like(self.weight, dtype=self.sum_dtype)
+            into = self.d_weight = torch.empty(self.weight.shape, dtype=self.sum_dtype, device=self.weight.device)
         by_class = gradient.t()
         if into.dtype is hidden.dtype:
             torch.mm(by_class, hidden, out=into) if first else into.addmm_(by_class, hidden)

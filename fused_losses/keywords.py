@@ -36,10 +36,11 @@ _TABLE = (
     # ---- By position ----
     Keyword(
         "logits",
-        "Tensor",
+        "Tensor | LinearHead | VocabShard",
         REQUIRED,
         """(..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last one
-        is not 1, or more than two others are needed, the logits are copied.""",
+        is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which makes them
+        a chunk at a time, or a :class:`VocabShard` of them.""",
     ),
     Keyword("target_tokens", "Tensor", REQUIRED, "(...) int64 or int32, in [0, V) or ``ignore_index``."),
     Keyword(

@@ -86,7 +86,8 @@ class LinearHead(Origin):
         if type(module) is not torch.nn.Linear:
             got = f"{type(module).__name__}{', wrapped: merge it first' if hasattr(module, 'base_layer') else ''}"
             raise TypeError(f"module must be a torch.nn.Linear, whose weight is all that it is, got {got}")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks) or "forward" in vars(module):
             raise ValueError("module has hooks, or a forward of its own, which a LinearHead of its weight would bypass")
         if torch.nn.utils.parametrize.is_parametrized(module):
             raise ValueError("module is parametrised: its weight is not all that it is")
@@ -127,8 +128,9 @@ class LinearHead(Origin):
         bias = None if self.bias is None else checks.parameter("bias", self.bias)
         self._check_shapes(hidden, weight, bias)
         self._check_dtypes(hidden, weight, bias)
-        self._check_options(weight)
-        return LinearHead(hidden, weight, bias, **self._options())  # type: ignore[arg-type]
+        buffer = None if self.weight_grad is None else checks.parameter("weight_grad", self.weight_grad)
+        self._check_options(weight, buffer)
+        return LinearHead(hidden, weight, bias, **{**self._options(), "weight_grad": buffer})  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in ("hidden", "weight", "bias")}
@@ -156,7 +158,7 @@ class LinearHead(Origin):
         if bias is not None and bias.dtype != weight.dtype:
             raise TypeError(f"bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
 
-    def _check_options(self, weight: Tensor) -> None:
+    def _check_options(self, weight: Tensor, buffer: Tensor | None) -> None:
         if self.chunk_bytes is not None and checks.index("chunk_bytes", self.chunk_bytes) <= 0:
             raise ValueError(f"chunk_bytes must be greater than 0, got {self.chunk_bytes}")
         if self.weight_grad_dtype not in (torch.float32, weight.dtype):
@@ -166,9 +168,9 @@ class LinearHead(Origin):
         if self.logits_dtype not in (None, torch.float32):
             raise TypeError(f"logits_dtype must be None or float32, got {self.logits_dtype}")
         checks.one_of("hidden_grad", self.hidden_grad, ("all_reduce", "partial"))
-        buffer = self.weight_grad
         if buffer is not None:
-            checks.parameter("weight_grad", buffer)
+            if buffer.dtype not in (torch.float32, weight.dtype):
+                raise TypeError(f"weight_grad must be float32 or weight's {weight.dtype}, got {buffer.dtype}")
             if buffer.shape != weight.shape or buffer.device != weight.device or buffer.requires_grad:
                 raise ValueError(
                     f"weight_grad must have weight's shape {tuple(weight.shape)}, be on {weight.device} and not "

@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from . import call
+from .linear_head import LinearHead
 from .objectives import Objective
 from .outputs import Outputs, Statistics
 from .problem import (
@@ -28,11 +29,12 @@ from .problem import (
     StatisticName,
     Transform,
 )
+from .vocab_shard import VocabShard
 
 
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -52,7 +54,7 @@ def cross_entropy(
 ) -> Tensor: ...
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -72,7 +74,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -91,7 +93,7 @@ def cross_entropy(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def cross_entropy(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -119,7 +121,8 @@ def cross_entropy(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``. Or (..., K), K targets per token, any of
             them twice or ignored; then ``weights`` are broadcastable to (..., K), may have any sign, and 0 makes a
             target padding; ``outputs.logprobs`` has that shape, too, and "none" gives the sums over K.
@@ -167,7 +170,7 @@ def cross_entropy(
 
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -194,7 +197,7 @@ def importance_sampling(
 ) -> Tensor: ...
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -221,7 +224,7 @@ def importance_sampling(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -247,7 +250,7 @@ def importance_sampling(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def importance_sampling(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -279,7 +282,8 @@ def importance_sampling(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -346,7 +350,7 @@ def importance_sampling(
 
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -377,7 +381,7 @@ def ppo(
 ) -> Tensor: ...
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -408,7 +412,7 @@ def ppo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -438,7 +442,7 @@ def ppo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def ppo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -474,7 +478,8 @@ def ppo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -555,7 +560,7 @@ def ppo(
 
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -584,7 +589,7 @@ def cispo(
 ) -> Tensor: ...
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -613,7 +618,7 @@ def cispo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -641,7 +646,7 @@ def cispo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def cispo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -675,7 +680,8 @@ def cispo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -749,7 +755,7 @@ def cispo(
 
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -777,7 +783,7 @@ def dro(
 ) -> Tensor: ...
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -805,7 +811,7 @@ def dro(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -832,7 +838,7 @@ def dro(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def dro(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -866,7 +872,8 @@ def dro(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...).
@@ -934,7 +941,7 @@ def dro(
 
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -967,7 +974,7 @@ def sapo(
 ) -> Tensor: ...
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1000,7 +1007,7 @@ def sapo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1032,7 +1039,7 @@ def sapo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def sapo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1070,7 +1077,8 @@ def sapo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -1152,7 +1160,7 @@ def sapo(
 
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1186,7 +1194,7 @@ def gspo(
 ) -> Tensor: ...
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1220,7 +1228,7 @@ def gspo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1253,7 +1261,7 @@ def gspo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def gspo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1295,7 +1303,8 @@ def gspo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
@@ -1377,7 +1386,7 @@ def gspo(
 
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1408,7 +1417,7 @@ def gmpo(
 ) -> Tensor: ...
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1439,7 +1448,7 @@ def gmpo(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1469,7 +1478,7 @@ def gmpo(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def gmpo(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     old_logprobs: Tensor | float,
     advantages: Tensor | float,
@@ -1507,7 +1516,8 @@ def gmpo(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
         advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
@@ -1587,7 +1597,7 @@ def gmpo(
 
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1613,7 +1623,7 @@ def policy_loss(
 ) -> Tensor: ...
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1639,7 +1649,7 @@ def policy_loss(
 ) -> tuple[Tensor, Outputs]: ...
 @overload
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1664,7 +1674,7 @@ def policy_loss(
     return_outputs: bool,
 ) -> Tensor | tuple[Tensor, Outputs]: ...
 def policy_loss(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     objective: str | Objective | Callable[..., Tensor],
     *inputs: Any,
@@ -1692,7 +1702,8 @@ def policy_loss(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         objective: what maps the (...) float32 logprobs of the targets, and ``inputs``, to the loss:
 
@@ -1769,7 +1780,7 @@ def policy_loss(
 
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: Literal[False] = False,
@@ -1782,7 +1793,7 @@ def logprobs(
 ) -> Tensor: ...
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: Literal[True],
@@ -1795,7 +1806,7 @@ def logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: bool,
@@ -1807,7 +1818,7 @@ def logprobs(
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def logprobs(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     return_entropy: bool = False,
@@ -1822,7 +1833,8 @@ def logprobs(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         return_entropy: return ``(logprobs, entropy)``; entropy is -sum_j p_j log p_j with p = softmax(z), of the same
             read and with a gradient, too.
@@ -1855,7 +1867,7 @@ def logprobs(
 
 
 def statistics(
-    logits: Tensor,
+    logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
     *,
     outputs: Sequence[StatisticName] = ("logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"),
@@ -1877,7 +1889,8 @@ def statistics(
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
-            one is not 1, or more than two others are needed, the logits are copied.
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         outputs: a tuple or a list of what is asked for, each once. Default: all five.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fused_losses
-from fused_losses import Outputs
+from fused_losses import LinearHead, Outputs
 
 
 def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature: Tensor, known_later: bool) -> None:
@@ -36,6 +36,19 @@ def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature:
     assert_type(entropy, Tensor)
     one_or_two = fused_losses.logprobs(logits, targets, return_entropy=known_later)
     assert_type(one_or_two, Tensor | tuple[Tensor, Tensor])
+
+
+def of_a_head(hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, known_later: bool) -> None:
+    """In place of logits everywhere."""
+    head = LinearHead(hidden, hidden.new_ones(9, hidden.shape[-1]), chunk_bytes=1 << 20, skip_masked=known_later)
+    loss = fused_losses.ppo(head, targets, old_logprobs, advantages)
+    loss.backward()
+    assert_type(loss, Tensor)
+    loss, outputs = fused_losses.cross_entropy(head, targets, return_outputs=True)
+    assert_type(outputs, Outputs)
+    logprobs, entropy = fused_losses.logprobs(head, targets, return_entropy=True)
+    assert_type(logprobs, Tensor)
+    assert_type(entropy, Tensor)
 
 
 def of_a_token(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, known_later: bool) -> None:
@@ -124,6 +137,8 @@ def of_his_own(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages
 
 
 def wrong(logits: Tensor, targets: Tensor, q: Tensor, A: Tensor) -> None:
+    LinearHead(logits, chunk_bytes=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    LinearHead(logits, q, chunk_size=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     fused_losses.cross_entropy(logits)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.cross_entropy(logits, targets, 0.1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.cross_entropy(logits, targets, label_smooting=0.1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]

@@ -35,6 +35,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from . import call
+from .linear_head import LinearHead
 from .objectives import Objective
 from .outputs import Outputs, Statistics
 from .problem import (
@@ -49,6 +50,7 @@ from .problem import (
     StatisticName,
     Transform,
 )
+from .vocab_shard import VocabShard
 '''
 GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
 BY_NAME = ("policy", "sequence_policy")  # functions of call.py that serve several losses
