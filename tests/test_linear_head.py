@@ -841,9 +841,9 @@ def test_memory(kernels, device, dtype, wanted, mode):
     most, left, each = allocated(step)
     gradients = sum(leaf.nbytes for leaf, name in zip(leaves, NAMES, strict=True) if name in wanted)
     sums = weight.numel() * 4 if dtype is not torch.float32 and "weight" in wanted else 0
-    # a CPU's products have one dtype, and of 16 bits they take scratch
+    # a CPU's products have one dtype, and of 16 bits each thread takes scratch
     on_cpu = dtype is not torch.float32 and device.type == "cpu"
-    tile = (weight.nbytes if sums else 0) + weight.numel() * 4 + 4096 if on_cpu else 0
+    tile = (weight.nbytes if sums else 0) + torch.get_num_threads() * (weight.numel() * 4 + 4096) if on_cpu else 0
     of_tokens = n * H * size + n * 4 * 32  # hidden once more, and numbers per token
     assert most <= budget + gradients + sums + tile + 2 * vocab * 4 + of_tokens + 20000, (most, sorted(each)[-5:])
     assert max(each) < n * vocab * size / 4
