@@ -815,10 +815,18 @@ def allocated(function: Callable[[], object]) -> tuple[int, int, list[int]]:
     return most, now, [size for size in sizes if size > 0]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", [NAMES, ("hidden",), ("weight",), ()], ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_memory(kernels, device, dtype, wanted, mode):
+def test_memory(kernels, device, dtype, wanted, mode, one_thread):
     """A chunk of logits, a gradient for each input that wants one, and dW's sum where that has another dtype: never N V
     elements, nor a second dW. What is left are the gradients."""
     if kernels == "triton" and device.type == "cpu":
@@ -841,7 +849,7 @@ def test_memory(kernels, device, dtype, wanted, mode):
     most, left, each = allocated(step)
     gradients = sum(leaf.nbytes for leaf, name in zip(leaves, NAMES, strict=True) if name in wanted)
     sums = weight.numel() * 4 if dtype is not torch.float32 and "weight" in wanted else 0
-    # a CPU's products have one dtype, and of 16 bits they take scratch
+    # a CPU's products have one dtype, and of 16 bits they take scratch, more with more threads
     on_cpu = dtype is not torch.float32 and device.type == "cpu"
     tile = (weight.nbytes if sums else 0) + weight.numel() * 4 + 4096 if on_cpu else 0
     of_tokens = n * H * size + n * 4 * 32  # hidden once more, and numbers per token
