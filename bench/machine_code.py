@@ -44,8 +44,10 @@ def named(line: str) -> tuple[str, str, str] | None:
     if not m:
         return None
     arguments = m[2] or ""
+    # stages 1 and 2 with statistics are kernels of their own, the latter by its row alone
+    kernel = "statistics_objective_kernel" if m[1] == "objective_kernel" and "Squares" in arguments else m[1]
     element = "float" if arguments.startswith("If") else next((t for t in WIDTH if f"{len(t)}{t}E" in arguments), "")
-    return m[1], element, next((t for t in TRANSFORMS if t in arguments), "")
+    return kernel, element, next((t for t in TRANSFORMS if t in arguments), "")
 
 
 def kernels_of(module: Path, cuobjdump: str) -> dict[Kernel, Code]:

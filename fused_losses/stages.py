@@ -202,7 +202,7 @@ class Observed(torch.autograd.Function):
     @_once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = upstream[:2]
-        if upstream == (None, None):
+        if all(one is None for one in upstream):
             return None, None, *(None for _ in range(ctx.inputs))
         kept = _kept(ctx)
         own = kept.coefficients.by_logprob()

@@ -128,6 +128,12 @@ def test_opcheck_no_reduction(backend, device):
     torch.library.opcheck(torch.ops.fused_losses.forward.default, arguments)
 
 
+def test_opcheck_statistics(backend, device):
+    problem = _problem("logprobs", device, True)._replace(terms=Terms(entropy=True, statistics=True))
+    arguments = (LOGITS.to(device), *ops.encode(problem, backend, False), False)
+    torch.library.opcheck(torch.ops.fused_losses.forward.default, arguments)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import DTYPES, LOSSES, MODES, check, make
+from test_statistics import TRANSFORMS, assert_statistics
 from test_terms import OPTIONS, drawn, with_targets
 
 from fused_losses.backends.cpu import BACKEND as CPU
@@ -75,6 +76,15 @@ def test_several_targets_through_the_library(in_the_library, dtype, mode):
     for k in (2, 70):  # a row of 130 elements has 32 threads
         case = with_targets(make("cross_entropy", (7,), 130, dtype), k, reduction="sum", **MODES[mode])
         check(case.having(label_smoothing=0.1, z_loss=0.01, softcap=9.0), "cpu", upstream=0.5)
+
+
+@pytest.mark.parametrize("transforms", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_through_the_library(in_the_library, dtype, transforms):
+    for vocab in (1, 33, 3001):
+        case = make("logprobs", (7,), vocab, dtype)
+        case.target_tokens[:2] = case.logits[:2].argmax(-1)
+        assert_statistics(case.logits, case.target_tokens, "cpu", **transforms)
 
 
 def test_every_case_under_sanitizers(entry, cases, tmp_path):

@@ -36,6 +36,9 @@ def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature:
     assert_type(entropy, Tensor)
     one_or_two = fused_losses.logprobs(logits, targets, return_entropy=known_later)
     assert_type(one_or_two, Tensor | tuple[Tensor, Tensor])
+    seen = fused_losses.statistics(logits, targets, outputs=["logprobs", "top1"], softcap=30.0)
+    assert_type(seen, fused_losses.Statistics)
+    assert_type(seen.top1, Tensor | None)
 
 
 def of_a_head(hidden: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, known_later: bool) -> None:
@@ -148,6 +151,7 @@ def wrong(logits: Tensor, targets: Tensor, q: Tensor, A: Tensor) -> None:
     fused_losses.cross_entropy(logits, targets, return_outputs=True).backward()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fused_losses.logprobs(logits, targets, weights=q)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, return_entropy=True).sum()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    fused_losses.statistics(logits, targets, outputs=("argmax",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     fused_losses.importance_sampling(logits, targets, q)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.importance_sampling(logits, targets, q, None)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     fused_losses.ppo(logits, targets, q, A, kl_type="k4")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]

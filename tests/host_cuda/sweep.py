@@ -654,6 +654,20 @@ def with_terms(module, chip):
     close("terms, one of several targets outside", rows.matrix()[0], [nan] * 3)
 
 
+def sure_squares(module):
+    """log sum_j p_j^2 of a target and one other class, from half of the mass to all of it."""
+    module.configure(1, 1 << 20)
+    gaps = np.arange(0, 40, 0.25)
+    asked = asked_for(
+        module, np.zeros(len(gaps), np.int64), 2, "logprobs", plain=False,
+        terms_asked=terms(entropy=True, statistics=True),
+    )  # fmt: skip
+    table = stats(module, Matrix.of(np.stack((gaps, 0 * gaps), 1)).arg, asked)
+    got = objective(module, table, asked)[2][2]
+    want = np.log1p(np.exp(-2 * gaps)) - 2 * np.log1p(np.exp(-gaps))
+    close("sure, squares", got, want, 2e-6 + 3e-7 * gaps)
+
+
 def ties(module):
     """Of several equal logits the first is the largest, wherever they lie among a block's threads."""
     module.configure(1, 1 << 20)
@@ -692,7 +706,8 @@ def main(library, cases, first=None):
     chips = None, structs.Chip(32, 1, 0), structs.Chip(64, 2, 40), structs.Chip(32, 1, 8, team=2)
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
-    for name, run in [("ties", lambda: ties(module)), *by_hand, *random, ("many_rows", lambda: many_rows(module))]:
+    once = [(f.__name__, lambda f=f: f(module)) for f in (sure_squares, ties)]
+    for name, run in [*once, *by_hand, *random, ("many_rows", lambda: many_rows(module))]:
         try:
             run()
         except (Wrong, RuntimeError) as error:
