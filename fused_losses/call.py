@@ -286,7 +286,8 @@ def _source(logits: Tensor | Origin, problem: Problem, how: How) -> stages.Sourc
     watched = ops.watched(_made_of(logits), problem)
     if isinstance(logits, Origin):
         source = logits.source(how)
-        return ops.WatchedHead(source) if watched and isinstance(source, Head) else source
+        # operators have no group, and no tensor that outlives them: beside those the stages run as they are
+        return ops.WatchedHead(source) if watched and logits.traced() and isinstance(source, Head) else source
     kind = ops.Watched if watched else Logits
     return kind(how.backend, how.inplace, how.validate)
 

@@ -65,7 +65,7 @@ class Eager:
         others = _with_targets(x, at, nothing) if single else x
         maximum = others.amax(-1).clamp(min=_FLOAT_MIN)
         if single:  # where the target has all the mass: (finite - -FLT_MAX) / T would overflow
-            maximum = maximum.where((others > -torch.inf).any(-1), target[:, 0])
+            maximum = maximum.where((others > -torch.inf).any(-1) | outside[:, 0], target[:, 0])
         unit = _inverse_temperature(problem.transform, maximum)[:, None]
         top = _capped(maximum, problem.transform)[:, None]
         z = _capped(x, problem.transform)
@@ -108,7 +108,7 @@ class Eager:
             whole: Tensor | float = 1.0
             x = logp[0]
             if problem.targets.shares is not None:
-                shares = problem.targets.shares.T
+                shares = problem.targets.shares.T.to(like.dtype)
                 x = (shares * logp).where(shares != 0, 0.0).sum(0)
                 whole = shares.sum(0)
             seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
