@@ -154,7 +154,7 @@ _layouts: dict[tuple[Any, ...], Layout] = {}
 
 def layout_of(group: dist.ProcessGroup | None, start: int, width: int, vocab_size: int, wide: bool = False) -> Layout:
     """Asked once: a collective, after which all ranks know the same and raise alike."""
-    group = _group(group)
+    group = process_group(group)
     key = group, start, vocab_size, width, wide
     if key not in _layouts:
         said = _asked(group, _Said(start, width, vocab_size, wide))
@@ -172,7 +172,7 @@ def telling(group: dist.ProcessGroup | None, start: object, vocab_size: object) 
         yield
     except (TypeError, ValueError) as error:
         if not torch.compiler.is_compiling():
-            group = _group(group)
+            group = process_group(group)
             if not any(key[0] is group and _may_be(start, key[1]) and _may_be(vocab_size, key[2]) for key in _layouts):
                 with suppress(RuntimeError):
                     _asked(group, _Said(0, 0, 0, False, str(error)))
@@ -196,7 +196,7 @@ def part_of(start: int, width: int, vocab_size: int) -> tuple[int, int]:
     return start, vocab_size
 
 
-def _group(group: Any) -> dist.ProcessGroup:
+def process_group(group: Any) -> dist.ProcessGroup:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group: torch.distributed is not initialised; call init_process_group first")
     group = dist.group.WORLD if group is None else group

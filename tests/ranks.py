@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 
 SIZE = 4
 _LOST = 100.0  # seconds after which ranks that say nothing are given up
-_PATIENCE = timedelta(seconds=60)  # of a collective; longer than any rank may lag behind
+_PATIENCE = timedelta(seconds=30)  # of a collective; longer than any rank may lag behind
 
 
 class Rank(NamedTuple):
@@ -104,8 +104,10 @@ class Ranks:
     def __call__(self, world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """By rank; none may raise."""
         found = self.results(world, function, *args, **kwargs)
-        for rank, result in enumerate(found):
-            assert not isinstance(result, Raised), f"rank {rank} of {world}: {result.text}"
+        texts = [f"rank {i} of {world}: {result.text}" for i, result in enumerate(found) if isinstance(result, Raised)]
+        if texts:  # the ranks may be out of step
+            self.stop()
+            raise AssertionError("\n".join(texts))
         return found
 
     def errors(self, world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Raised]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from cases import MODES, Case, Numbers, hold, make, run
 from ranks import Rank
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_losses
-from fused_losses import Objective, VocabShard, reference
+from fused_losses import LinearHead, Objective, VocabShard, aggregation, reference
 
 VOCAB = 130
 # ends of the ranks' columns, by how many ranks
@@ -500,7 +501,8 @@ _COLLECTIVES = (
     "allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce",
     "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "alltoall", "alltoall_base", "reduce_scatter",
     "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "barrier", "monitored_barrier", "send", "recv",
-    "recv_anysource",
+    "recv_anysource", "all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single",
+    "reduce_scatter_single_coalesced", "all_to_all_single",
 )  # fmt: skip
 
 
@@ -519,26 +521,25 @@ def _bytes(value: Any) -> int:
 def watching() -> Iterator[list[Seen]]:
     """The collectives of this rank, whichever function of torch.distributed they came by."""
     seen: list[Seen] = []
-    kept = {name: getattr(dist.ProcessGroup, name) for name in _COLLECTIVES if hasattr(dist.ProcessGroup, name)}
+    kept = {name: method for name, method in vars(dist.ProcessGroup).items() if name in _COLLECTIVES}
 
     def counted(name: str) -> Callable[..., Any]:
+        method = getattr(dist.ProcessGroup, name)
+
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
             tensors = [arg for arg in args if _bytes(arg)]
             seen.append(Seen(name, _bytes(tensors[-1]) if tensors else 0))  # the input comes after the output
-            return kept[name](group, *args, **kwargs)
+            return method(group, *args, **kwargs)
 
         return call
 
     try:
         for name in kept:
             setattr(dist.ProcessGroup, name, counted(name))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            yield seen
+        yield seen
     finally:
         for name, method in kept.items():
             setattr(dist.ProcessGroup, name, method)
-    dispatched = [event.key for event in profile.key_averages() if "c10d" in event.key for _ in range(event.count)]
-    assert len(dispatched) == len(seen), (dispatched, seen)
 
 
 def collectives(here: Rank, backend: str, dtype: torch.dtype) -> None:
@@ -569,7 +570,7 @@ def collectives(here: Rank, backend: str, dtype: torch.dtype) -> None:
             per_token = 32 * (2 if dtype is torch.float64 else 1)
             plain = 12 * (2 if dtype is torch.float64 else 1)
             bound = plain if name in ("one pass", "recompute", "none", "all ignored", "validate") else per_token
-            assert "allgather" in seen.name and 0 < seen.size <= bound * N, (name, seen)
+            assert "allgather" in seen.name.replace("_", "") and 0 < seen.size <= bound * N, (name, seen)
         with watching() as backward:
             loss.backward()
         assert backward == [], (name, backward)
@@ -583,7 +584,7 @@ def collectives(here: Rank, backend: str, dtype: torch.dtype) -> None:
 
 def misuse(here: Rank, kind: str, culprit: int | None) -> None:
     """The first call of a group of its own. culprit: the rank that is wrong, or None for all of them."""
-    group = dist.new_group(list(range(here.world)), timeout=timedelta(seconds=6), use_local_synchronization=True)
+    group = dist.new_group(list(range(here.world)), timeout=timedelta(seconds=6))
     wrong = culprit is None or culprit == here.rank
     columns = columns_of(here, EVEN[here.world])
     given: dict[str, Any] = {
@@ -685,7 +686,7 @@ def numbers_of_numpy(here: Rank) -> None:
 
 def a_rank_that_raises(here: Rank, asked: bool) -> str:
     """Rank 1 raises before it takes part: the others' wait ends with the group's patience, here of 2 s."""
-    group = dist.new_group(list(range(here.world)), timeout=timedelta(seconds=2), use_local_synchronization=True)
+    group = dist.new_group(list(range(here.world)), timeout=timedelta(seconds=2))
     columns = columns_of(here, UNEVEN[here.world])
     part = VocabShard(torch.zeros(4, columns.stop - columns.start), group, columns.start, VOCAB)
     targets = torch.zeros(4, dtype=torch.int64)
@@ -693,9 +694,304 @@ def a_rank_that_raises(here: Rank, asked: bool) -> str:
         fused_losses.cross_entropy(part, targets)
     before = time.monotonic()
     try:
-        fused_losses.cross_entropy(part, targets + VOCAB if here.rank == 1 else targets)
+        if here.rank != 1:
+            fused_losses.cross_entropy(part, targets)
+        elif asked:
+            fused_losses.cross_entropy(part, targets + VOCAB)
+        else:
+            fused_losses.cross_entropy(part, targets, weights=torch.zeros(3))
     except (RuntimeError, ValueError) as error:
         waited = time.monotonic() - before
         assert waited < 12, waited
         return f"{type(error).__name__}: {error}"
     raise AssertionError("nothing was raised")
+
+
+# ---- A mesh, compiled, under a mode ----
+
+
+def of_a_mesh(here: Rank) -> None:
+    """(2 of data, 2 of the vocabulary), over all four ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    row, column = mesh.get_coordinate() or (0, 0)
+    tokens = drawn_tokens()
+    rows, vocab = slice(row * 6, row * 6 + 6), 101  # 51 and 50 columns
+    logits, targets = tokens["logits"][:, :vocab].float(), tokens["targets"].remainder(vocab)
+    columns = slice(0, 51) if column == 0 else slice(51, vocab)
+    local = logits[rows, columns].clone().requires_grad_()
+    for placements in ((Shard(0), Shard(1)), (Shard(0), Shard(-1))):
+        whole_logits = DTensor.from_local(local, mesh, placements, shape=(N, vocab), stride=(vocab, 1), run_check=False)
+        local.grad = None
+        loss = fused_losses.cross_entropy(whole_logits, targets[rows], label_smoothing=0.1)
+        loss.backward()
+        y = logits[rows].double().requires_grad_()
+        truth = reference.cross_entropy(y, targets[rows], label_smoothing=0.1)
+        truth.backward()
+        assert local.grad is not None and y.grad is not None
+        close(loss.detach(), truth.detach(), 2e-6)
+        close(local.grad, y.grad[:, columns], 2e-6)
+    for placements in ((Shard(1), Shard(1)), (Replicate(), Partial()), (Partial(), Shard(1))):
+        shape = {"shape": (6, vocab), "stride": (vocab, 1)}
+        wrong = DTensor.from_local(local.detach(), mesh, placements, run_check=False, **shape)
+        try:
+            fused_losses.cross_entropy(wrong, targets[rows])
+        except ValueError as error:
+            assert str(placements) in str(error), error
+        else:
+            raise AssertionError(f"{placements} was taken")
+
+
+def compiled(here: Rank) -> None:
+    """A graph break, and the numbers of a plain call; of a head, too."""
+    torch._dynamo.reset()
+    tokens = drawn_tokens()
+    columns = columns_of(here, UNEVEN[here.world])
+
+    def step(local: Tensor, targets: Tensor) -> Tensor:
+        return 2 * fused_losses.cross_entropy(VocabShard(local * 1.5, here.group, columns.start, VOCAB), targets)
+
+    def of_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        head = LinearHead(hidden, weight, group=here.group, vocab_start=columns.start, vocab_size=VOCAB)
+        return 2 * fused_losses.cross_entropy(head, targets)
+
+    hidden, weight = torch.randn(N, 16), torch.randn(VOCAB, 16)
+    given: dict[Callable[..., Tensor], tuple[Tensor, ...]] = {
+        step: (tokens["logits"][:, columns].float(),),
+        of_head: (hidden, weight[columns]),
+    }
+    for function, tensors in given.items():
+        found = []
+        for call in (function, torch.compile(function, backend="eager")):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            loss = call(*leaves, tokens["targets"])
+            loss.backward()
+            found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+        for plain, ours in zip(*found, strict=True):
+            assert torch.equal(plain, ours), function.__name__
+
+
+# ---- A head ----
+
+
+def _head_data() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    tokens = drawn_tokens(n=40)
+    return torch.randn(40, 16) * 0.7, torch.randn(VOCAB, 16), torch.randn(VOCAB), tokens
+
+
+HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of the head, of the loss
+    "one pass": ({}, {}),
+    "partial": ({"hidden_grad": "partial"}, {}),
+    "recompute": ({}, {"recompute": True}),
+    "recompute, partial": ({"hidden_grad": "partial"}, {"recompute": True}),
+    "none": ({}, {"reduction": "none"}),
+    "skip_masked": ({"skip_masked": True}, {}),
+    "skip_masked, recompute": ({"skip_masked": True}, {"recompute": True}),
+    "weight_grad": ({"weight_grad": True}, {}),
+    "weight_grad, skip_masked": ({"weight_grad": True, "skip_masked": True}, {}),
+    "terms": ({}, {"entropy_coef": 0.1, "softcap": 9.0}),
+    "frozen": ({"frozen": True}, {"reduction": "none"}),
+    "in a dispatch mode": ({"mode": True}, {}),
+    "weight_grad in a dispatch mode": ({"mode": True, "weight_grad": True}, {}),
+}
+
+
+def head(here: Rank, name: str, dtype: torch.dtype, chunk_bytes: int | None) -> None:
+    options, given = ({**part} for part in HEADS[name])
+    hidden, weight, bias, tokens = _head_data()
+    targets = tokens["targets"].clone()
+    targets[5:30:2] = -100
+    ends = UNEVEN[here.world]
+    columns = columns_of(here, ends)
+    inputs = [t.to(dtype) for t in (hidden, weight, bias)]
+    wide = [t.double().requires_grad_() for t in inputs]
+    old = torch.full((40,), -5.0)
+    truth = reference.ppo(
+        wide[0] @ wide[1].t() + wide[2], targets, old, torch.linspace(-1, 1, 40),
+        **{key: value for key, value in given.items() if key != "recompute"},
+    )  # fmt: skip
+    truth.sum().backward()
+    leaves = [inputs[0].clone(), inputs[1][columns].clone(), inputs[2][columns].clone()]
+    frozen, mode = options.pop("frozen", False), options.pop("mode", False)
+    for leaf in leaves[: 1 if frozen else 3]:
+        leaf.requires_grad_()
+    buffer = torch.ones(leaves[1].shape) if options.pop("weight_grad", False) else None
+    made = LinearHead(
+        *leaves, group=here.group, vocab_start=columns.start, vocab_size=VOCAB, chunk_bytes=chunk_bytes,
+        weight_grad=buffer, **options,
+    )  # fmt: skip
+    call = lambda: fused_losses.ppo(  # noqa: E731
+        made, targets, old, torch.linspace(-1, 1, 40), backend="cpu", **given
+    )
+    with FlopCounterMode(display=False) if mode else nullcontext():
+        if mode:
+            loss = call()
+        else:
+            with torch.no_grad():
+                call()
+            with watching() as forward:
+                loss = call()
+    if mode:
+        loss.backward()
+    else:
+        with watching() as backward:
+            loss.sum().backward()
+        gathers = [seen for seen in forward if "gather" in seen.name]
+        reductions = [seen for seen in forward + backward if "reduce" in seen.name]
+        assert all("reduce" in seen.name for seen in backward)
+        if here.world > 1:
+            assert len(gathers) >= (1 if chunk_bytes is None else 2), forward
+            expected = 0 if options.get("hidden_grad") == "partial" else len(gathers)
+            if options.get("skip_masked"):  # nothing flows through a token that is clipped, either
+                assert 0 < len(reductions) <= expected, (forward, backward)
+            else:
+                assert len(reductions) == expected, (forward, backward)
+    rtol = 3e-6 if dtype is torch.float32 else 2e-2
+    tolerance = {"rtol": rtol, "atol": rtol * float(wide[0].grad.abs().max())}
+    torch.testing.assert_close(loss.detach().double(), truth.detach(), rtol=rtol, atol=rtol)
+    d_hidden = leaves[0].grad
+    if options.get("hidden_grad") == "partial":
+        d_hidden = whole(here, d_hidden.float())
+    else:
+        assert_same_everywhere(here, d_hidden)
+    torch.testing.assert_close(d_hidden.double(), wide[0].grad, **tolerance)
+    if frozen:
+        return
+    tolerance["atol"] = rtol * float(wide[1].grad.abs().max())
+    if buffer is None:
+        torch.testing.assert_close(leaves[1].grad.double(), wide[1].grad[columns], **tolerance)
+    else:
+        assert leaves[1].grad is None
+        torch.testing.assert_close(buffer.double() - 1, wide[1].grad[columns], **tolerance)
+    torch.testing.assert_close(leaves[2].grad.double(), wide[2].grad[columns], rtol=rtol, atol=rtol)
+
+
+def head_without_tokens(here: Rank) -> None:
+    columns = columns_of(here, UNEVEN[here.world])
+    for options in ({}, {"skip_masked": True}):
+        for n in (0, 5):
+            hidden, weight = torch.randn(n, 4, requires_grad=True), torch.randn(VOCAB, 4)[columns].requires_grad_()
+            made = LinearHead(hidden, weight, group=here.group, vocab_start=columns.start, vocab_size=VOCAB, **options)
+            loss = fused_losses.cross_entropy(made, torch.full((n,), -100))
+            loss.backward()
+            assert loss.item() == 0 and hidden.grad is not None and weight.grad is not None
+            assert not hidden.grad.any() and not weight.grad.any()
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Linear(8, 16)
+        self.lm_head = torch.nn.Linear(16, 37, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        made = LinearHead(hidden, self.lm_head.weight, chunk_bytes=1024)
+        return fused_losses.cross_entropy(made, targets, denominator=denominator)
+
+
+def of_fsdp(here: Rank) -> None:
+    """Ranks of different tokens, one of them without any: the gradient is that of the whole batch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, plain = Model(), Model()
+    plain.load_state_dict(model.state_dict())
+    x, targets = torch.randn(here.world, 6, 8), torch.randint(37, (here.world, 6))
+    targets[1] = -100
+    targets[0, 2:] = -100
+    mesh = init_device_mesh("cpu", (here.world,))
+    fully_shard(model, mesh=mesh)
+    mine = targets[here.rank]
+    for _ in range(2):
+        loss = model(x[here.rank], mine, aggregation.global_tokens(mine, averaged=True))
+        assert loss.requires_grad
+        loss.backward()
+        plain(x, targets, (targets != -100).sum().float()).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        close(ours.grad.full_tensor(), theirs.grad, 2e-6)
+
+
+# ---- What a mean divides by ----
+
+
+def global_tokens(here: Rank) -> None:
+    group = here.group
+    torch.manual_seed(0)
+    weights, targets = torch.rand(4, 7), torch.randint(9, (4, 7))
+    targets[1] = -100
+    targets[0, 1:4] = -100
+    targets[3, 0] = 7
+    mine, own = targets[here.rank], weights[here.rank]
+    every, all_weights = targets[: here.world], weights[: here.world]
+    count = aggregation.global_tokens
+    with watching() as seen:
+        got = count(mine, group=group)
+    assert len(seen) == 1 and "allreduce" in seen[0].name and seen[0].size == 8
+    assert got.dim() == 0 and got.dtype is torch.float32 and not got.requires_grad
+    assert got.item() == (every != -100).sum().item()
+    assert count(mine, group=group, averaged=True).item() == got.double().div(here.world).float().item()
+    assert count(mine, group=group, ignore_index=7).item() == (every != 7).sum().item()
+    expected = all_weights.double()[every != -100].sum()
+    assert abs(count(mine, weights=own, group=group).double() - expected) <= 6e-8 * expected
+    assert_same_everywhere(here, count(mine, weights=own, group=group))
+    assert count(mine, weights=2.0, group=group).item() == 2 * got.item()
+    assert count(mine, weights=torch.where(mine == -100, torch.nan, 1.0), group=group).item() == got.item()
+    assert count(mine[:0], group=group).item() == 0
+    assert count(torch.full_like(mine, -100), group=group).item() == 0
+    pair = torch.stack((mine, mine), -1)
+    assert count(pair, group=group).item() == 2 * got.item()
+    for name, arguments in {
+        "target_tokens": (mine.float(), {}),
+        "weights": (mine, {"weights": torch.ones(3)}),
+        "ignore_index": (mine, {"ignore_index": 1.5}),
+        "group": (mine, {"group": [0]}),
+    }.items():
+        try:
+            count(arguments[0], **{"group": group} | arguments[1])
+        except (TypeError, ValueError) as error:
+            assert name in str(error)
+        else:
+            raise AssertionError(f"{name}: nothing was raised")
+
+
+def data_parallel(here: Rank, kind: str) -> None:
+    """The gradient of shared parameters, averaged or summed over ranks, against one process."""
+    torch.manual_seed(0)
+    weight = torch.randn(23, 8)
+    hidden, targets, weights = torch.randn(4, 8, 8), torch.randint(23, (4, 8)), torch.rand(4, 8)
+    advantages, old = torch.randn(4, 8), torch.full((4, 8), -3.0)
+    targets[1] = -100  # a rank without any
+    targets[0, 1:] = -100
+    if kind == "data":  # rows of the batch; a context's are parts of each sequence
+        targets, hidden, weights, advantages, old = (
+            t[: here.world] for t in (targets, hidden, weights, advantages, old)
+        )
+        mine: tuple[Any, ...] = (slice(here.rank, here.rank + 1),)
+    else:
+        ends = {1: (8,), 2: (3, 8), 3: (1, 6, 8), 4: (1, 2, 4, 8)}[here.world]
+        mine = (slice(None), columns_of(here, ends))
+    for weighted in (False, True):
+        for averaged in (False, True):
+            w, whole_w = (t.clone().double().requires_grad_() for t in (weight, weight))
+            given = {"weights": weights[mine]} if weighted else {}
+            denominator = aggregation.global_tokens(targets[mine], group=here.group, averaged=averaged, **given)
+            logits = (hidden[mine].double() @ w.t()).float()
+            loss = fused_losses.ppo(
+                logits, targets[mine], old[mine], advantages[mine], denominator=denominator, **given
+            )
+            assert loss.requires_grad
+            loss.backward()
+            truth = reference.ppo(
+                hidden.double() @ whole_w.t(), targets, old, advantages, **({"weights": weights} if weighted else {})
+            )
+            truth.backward()
+            gradient, total = w.grad.clone(), loss.detach().double()
+            for tensor in (gradient, total):
+                dist.all_reduce(tensor, group=here.group)
+            by = here.world if averaged else 1
+            close(gradient / by, whole_w.grad, 1e-6)
+            close(total / by, truth.detach(), 1e-6)
