@@ -27,6 +27,8 @@ verl's are then divided by dp_size. Tinker sums: ``weights=mask, reduction="sum"
 Masks are (..., T), each row a sequence, or of any shape with ``cu_seqlens`` as in :mod:`fused_losses.sequences`. A mask
 selects: any value but 0 is 1. Counts divided by are at least 1, so that a batch with no active token has loss 0, not
 NaN. Nothing waits for the device.
+
+The plain mean over a batch that is spread over ranks needs but its tokens' number: :func:`global_tokens`.
 """
 
 from __future__ import annotations

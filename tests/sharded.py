@@ -623,6 +623,31 @@ MISUSE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+def misuse_of_head(here: Rank, kind: str) -> None:
+    """Rank 1 is wrong."""
+    group = dist.new_group(list(range(here.world)), timeout=timedelta(seconds=6))
+    columns = columns_of(here, EVEN[here.world])
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(columns.stop - columns.start, 8),
+        "vocab_start": columns.start,
+        "vocab_size": VOCAB,
+    }
+    if here.rank == 1:
+        given |= MISUSE_OF_HEAD[kind](given)
+    fused_losses.cross_entropy(LinearHead(**given, group=group), torch.zeros(4, dtype=torch.int64))
+
+
+MISUSE_OF_HEAD: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "weight": lambda given: {"weight": given["weight"].double()},
+    "hidden": lambda given: {"hidden": given["hidden"][:, :7]},
+    "bias": lambda given: {"bias": torch.zeros(3)},
+    "hidden_grad": lambda given: {"hidden_grad": "none"},
+    "vocab_start": lambda given: {"vocab_start": 1.5},
+    "vocab_size": lambda given: {"vocab_size": VOCAB + 1},
+}
+
+
 def wrong_group(here: Rank, kind: str) -> None:
     group: Any = {"a list": [0, 1], "an int": 3, "a size": here.group.size(), "a smaller group": here.group}[kind]
     columns = columns_of(here, EVEN[here.world])

@@ -155,6 +155,12 @@ def test_what_is_wrong_is_named_on_all_ranks(ranks: Ranks, kind, culprit):
             assert "rank 1 of the group" in error.message, error.message
 
 
+@pytest.mark.parametrize("kind", sharded.MISUSE_OF_HEAD)
+def test_what_is_wrong_of_a_head_is_named_on_all_ranks(ranks: Ranks, kind):
+    for error in ranks.errors(SIZE, sharded.misuse_of_head, kind):
+        assert error.kind in ("ValueError", "TypeError") and f"{kind} must" in error.message, error.message
+
+
 @pytest.mark.parametrize("kind", ["a list", "an int", "a size", "a smaller group"])
 def test_a_wrong_group_is_named_on_all_ranks(ranks: Ranks, kind):
     for error in ranks.errors(2, sharded.wrong_group, kind):
