@@ -27,6 +27,8 @@ verl's are then divided by dp_size. Tinker sums: ``weights=mask, reduction="sum"
 Masks are (..., T), each row a sequence, or of any shape with ``cu_seqlens`` as in :mod:`fused_losses.sequences`. A mask
 selects: any value but 0 is 1. Counts divided by are at least 1, so that a batch with no active token has loss 0, not
 NaN. Nothing waits for the device.
+
+The plain mean over a batch that is spread over ranks needs but its tokens' number: :func:`global_tokens`.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ import math
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
 from .sequences import active_tokens, check_cu_seqlens, segment_expand, segment_sum
+from .vocab_shard import process_group
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 VERL_LOSS_AGG_MODES = (
@@ -237,6 +241,56 @@ def dr_grpo(mask: Tensor, max_completion_length: float, *, cu_seqlens: Tensor | 
     _check(mask, cu_seqlens)
     length = _positive("max_completion_length", max_completion_length)
     return Aggregation(_weights(mask), _sequences(mask, cu_seqlens) * length)
+
+
+def global_tokens(
+    target_tokens: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    averaged: bool = False,
+) -> Tensor:
+    """The ``denominator`` of a mean over tokens of all ranks: ``sum over ranks and active tokens of weights``, for data
+    parallelism (each rank has some sequences) and context parallelism (some tokens of each).
+
+        denominator = aggregation.global_tokens(targets, averaged=True)
+        loss = ppo(logits, targets, old_logprobs, advantages, denominator=denominator)
+        loss.backward()  # DDP and FSDP average gradients over ranks
+
+    A mean of the ranks' own means would weight a token by how few others its rank has. The loss of the batch, to be
+    reported, is the sum of the ranks' losses; their mean, with ``averaged=True``.
+
+    Args:
+        target_tokens: those of this rank, as the loss gets them. Of ranks that share their tokens, as those of a
+            :class:`VocabShard` do, one has to count: give the group of data and context alone.
+        weights: as the loss gets them. Default None: 1.
+        ignore_index: as the loss gets it. Default -100.
+        group: the ranks that the batch is spread over; None is the default group. Every one has to call, one without
+            an active token too.
+        averaged: divide by the number of ranks, where gradients are averaged over them and not summed.
+
+    Returns:
+        0-d float32 on the device of the tokens, the same on all ranks; 0 where no rank has an active token, and the
+        loss then is 0, too. One all_reduce of a float64, and nothing waits for the device.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device; the message names it.
+    """
+    if not isinstance(target_tokens, Tensor):
+        raise TypeError(f"target_tokens must be a tensor, got {type(target_tokens).__name__}")
+    if target_tokens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target_tokens must be int64 or int32, got {target_tokens.dtype}")
+    active = target_tokens != checks.index("ignore_index", ignore_index, target_tokens.dtype)
+    if weights is None:
+        total = active.sum(dtype=torch.float64)
+    else:
+        column = checks.column("weights", weights, target_tokens.unsqueeze(-1))
+        column = column.view(active.shape) if isinstance(column, Tensor) else column
+        total = torch.where(active, column, 0.0).sum(dtype=torch.float64)
+    group = process_group(group)
+    dist.all_reduce(total, group=group)
+    return (total / dist.get_world_size(group) if averaged else total).float()
 
 
 def _check(mask: Tensor, cu_seqlens: Tensor | None) -> None:

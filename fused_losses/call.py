@@ -75,7 +75,9 @@ def cross_entropy(
     if several:
         shares, weights = _shares(logits, target_tokens, reduction.weights, ignore_index)
         if divisor is None:
-            divisor = shares.sum(dtype=torch.float64).float()
+            divisor = shares.sum(dtype=torch.float64)
+            if _made_of(logits)[0].dtype is not torch.float64:
+                divisor = divisor.float()
     elif reduction.weights is not None:
         weights = checks.column("weights", reduction.weights, logits)
     problem = Problem(

@@ -116,8 +116,9 @@ def no_transform(name: str, tensor: Tensor) -> None:
 
 def several_targets(logits: Tensor | Origin, target_tokens: Tensor) -> bool:
     """Whether the targets are (..., K): as many dimensions as the logits."""
-    given = isinstance(logits, Tensor | Origin) and isinstance(target_tokens, Tensor)
-    return given and 0 < target_tokens.dim() == len(logits.shape)
+    first = logits.inputs[0] if isinstance(logits, Origin) else logits  # has a row per token, whatever it is
+    given = isinstance(first, Tensor) and isinstance(target_tokens, Tensor)
+    return given and 0 < target_tokens.dim() == first.dim()
 
 
 def dense(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], beside: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ class Head(NamedTuple):
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         backend = self._ready(inputs, problem)
         if problem.denominator is None:
-            problem = problem._replace(denominator=EAGER.normaliser(problem))
+            problem = problem._replace(denominator=EAGER.normaliser(problem).float())
         loss = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
         table = _zeros(logprobs_shape(problem.n, problem.targets.num, problem.plain), inputs[0])
         with self._without_autocast(inputs):

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .head import LINE, Head
 from .origin import Origin
-from .vocab_shard import layout_of
+from .vocab_shard import layout_of, part_of, telling
 
 if TYPE_CHECKING:
     from .problem import How
@@ -123,6 +123,12 @@ class LinearHead(Origin):
         return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
 
     def checked(self) -> LinearHead:
+        if self.vocab_size is None:
+            return self._checked()
+        with telling(self.group, self.vocab_start, self.vocab_size):
+            return self._checked()
+
+    def _checked(self) -> LinearHead:
         weight = checks.parameter("weight", self.weight)
         hidden = checks.dense("hidden", self.hidden, checks.LOGITS_DTYPES, weight)
         bias = None if self.bias is None else checks.parameter("bias", self.bias)
@@ -130,7 +136,11 @@ class LinearHead(Origin):
         self._check_dtypes(hidden, weight, bias)
         buffer = None if self.weight_grad is None else checks.parameter("weight_grad", self.weight_grad)
         self._check_options(weight, buffer)
-        return LinearHead(hidden, weight, bias, **{**self._options(), "weight_grad": buffer})  # type: ignore[arg-type]
+        options = {**self._options(), "weight_grad": buffer}
+        if self.vocab_size is not None:
+            part = part_of(self.vocab_start, weight.shape[0], self.vocab_size)
+            options |= dict(zip(("vocab_start", "vocab_size"), part, strict=True))
+        return LinearHead(hidden, weight, bias, **options)  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in ("hidden", "weight", "bias")}

@@ -135,7 +135,7 @@ class OnePass(torch.autograd.Function):
             return None, None, *(None for _ in gradients)
         ctx.gradients = None
         made = next(gradient for gradient in gradients if gradient is not None)
-        ctx.source.scale(gradients, _float32(upstream, made))
+        ctx.source.scale(gradients, _upstream(upstream, made))
         return None, None, *gradients
 
 
@@ -159,7 +159,7 @@ class RowByRow(torch.autograd.Function):
         if upstream is None:
             return None, None, None, *others
         (gradient,) = ctx.saved_tensors
-        rows = _float32(upstream, gradient).reshape(*gradient.shape[:-1], 1)
+        rows = _upstream(upstream, gradient).reshape(*gradient.shape[:-1], 1)
         return None, None, times(rows, gradient).to(gradient.dtype), *others
 
 
@@ -181,7 +181,7 @@ class TwoPhase(torch.autograd.Function):
             return None, None, None, *(None for _ in range(ctx.inputs))
         kept = _kept(ctx)
         n = kept.targets.tokens.shape[0]
-        upstream = _float32(upstream, kept.inputs[0])
+        upstream = _upstream(upstream, kept.inputs[0])
         return None, None, None, *kept.gradient(kept.coefficients, upstream.expand(n))
 
 
@@ -209,7 +209,7 @@ class Observed(torch.autograd.Function):
         zero = torch.zeros_like(own)
         # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
         by_logprob, by_entropy = (
-            zero if u is None else torch.where(own == 0, 0.0, _float32(u, kept.inputs[0]) * own) for u in upstream
+            zero if u is None else torch.where(own == 0, 0.0, _upstream(u, kept.inputs[0]) * own) for u in upstream
         )
         coefficients = Coefficients.of(by_logprob, by_entropy, zero * own, zero * own)
         return None, None, *kept.gradient(coefficients, torch.ones_like(zero))
@@ -259,6 +259,8 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
     return None if torch.compiler.is_compiling() else [t._version for t in tensors if t is not None]
 
 
-def _float32(upstream: Tensor, beside: Tensor) -> Tensor:
+def _upstream(upstream: Tensor, beside: Tensor) -> Tensor:
+    """As float32; as float64 where logits are."""
     upstream = checks.plain("the upstream gradient", upstream, beside)
-    return upstream if upstream.dtype is torch.float32 else upstream.float()
+    dtype = torch.float64 if beside.dtype is torch.float64 else torch.float32
+    return upstream if upstream.dtype is dtype else upstream.to(dtype)

@@ -7,8 +7,8 @@ rank alike, and each writes the gradient of its own columns: no collective in ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,8 +63,12 @@ class VocabShard(Origin):
         self.vocab_size = vocab_size
 
     def checked(self) -> VocabShard:
-        local = checks.dense("local_logits", self.local_logits, (*checks.LOGITS_DTYPES, torch.float64))
-        return VocabShard(local, self.group, self.vocab_start, self.vocab_size)
+        with telling(self.group, self.vocab_start, self.vocab_size):
+            local = checks.dense("local_logits", self.local_logits, (*checks.LOGITS_DTYPES, torch.float64))
+            if local.dim() == 0:
+                raise ValueError("local_logits must have shape (..., C), got a 0-d tensor")
+            start, vocab_size = part_of(self.vocab_start, local.shape[-1], self.vocab_size)
+        return VocabShard(local, self.group, start, vocab_size)
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -80,9 +84,11 @@ class VocabShard(Origin):
 
     def source(self, how: How) -> Source:
         local = self.local_logits
-        if local.dtype is torch.float64 and how.backend != "eager":
-            raise TypeError(f'local_logits in float64 need backend="eager", got backend={how.backend!r}')
-        layout = layout_of(self.group, self.vocab_start, local.shape[-1], self.vocab_size)
+        wide = local.dtype is torch.float64
+        if wide and how.backend != "eager":
+            with telling(self.group, self.vocab_start, self.vocab_size):
+                raise TypeError(f'local_logits in float64 need backend="eager", got backend={how.backend!r}')
+        layout = layout_of(self.group, self.vocab_start, local.shape[-1], self.vocab_size, wide)
         return Logits(how.backend, how.inplace, how.validate, layout)
 
     def overwritten(self) -> Tensor:
@@ -131,8 +137,9 @@ class Layout(NamedTuple):
         """How many classes this rank has."""
         return self.ends[self.rank] - self.starts[self.rank]
 
-    def over(self, backend: Backend) -> Sharded:
-        return Sharded(backend, self)
+    def over(self, backend: Backend) -> Backend:
+        whole = len(self.starts) == 1 and self.here == self.widest
+        return backend if whole else Sharded(backend, self)
 
 
 class _Said(NamedTuple):
@@ -141,49 +148,89 @@ class _Said(NamedTuple):
     start: int
     width: int
     vocab_size: int
-    wrong: str | None
+    wide: bool  # in float64, as its statistics then are
+    wrong: str | None = None
 
 
-def layout_of(group: dist.ProcessGroup | None, start: int, width: int, vocab_size: int) -> Layout:
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group: torch.distributed is not initialised; call init_process_group first")
-    return _layout(dist.group.WORLD if group is None else group, start, width, vocab_size)
+# What was asked, by (group, start, vocab_size, width, wide). Never forgotten: ranks have to forget alike.
+_layouts: dict[tuple[Any, ...], Layout] = {}
 
 
-@lru_cache(maxsize=256)
-def _layout(group: Any, start: int, width: int, vocab_size: int) -> Layout:
+def layout_of(group: dist.ProcessGroup | None, start: int, width: int, vocab_size: int, wide: bool = False) -> Layout:
     """Asked once: a collective, after which all ranks know the same and raise alike."""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group: this rank is not one of it")
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, _Said(start, width, vocab_size, _wrong(start, width, vocab_size)), group)
-    _agree(said)
-    ends = tuple(min(part.start + part.width, part.vocab_size) for part in said)
-    return Layout(group, rank, tuple(part.start for part in said), ends, max(part.width for part in said))
+    group = process_group(group)
+    key = group, start, vocab_size, width, wide
+    if key not in _layouts:
+        said = _asked(group, _Said(start, width, vocab_size, wide))
+        _agree(said)
+        starts, ends = zip(*((part.start, min(part.start + part.width, vocab_size)) for part in said), strict=True)
+        _layouts[key] = Layout(group, dist.get_rank(group), starts, ends, max(part.width for part in said))
+    return _layouts[key]
 
 
-def _wrong(start: object, width: int, vocab_size: object) -> str | None:
-    for name, value in (("vocab_start", start), ("vocab_size", vocab_size)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            return f"{name} must be an integer, got {type(value).__name__}"
-    assert isinstance(start, int) and isinstance(vocab_size, int)
+@contextmanager
+def telling(group: dist.ProcessGroup | None, start: object, vocab_size: object) -> Iterator[None]:
+    """An error of this rank's arguments is told to the others, who wait for what it says of its part. They do not
+    where they have asked before."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not torch.compiler.is_compiling():
+            group = process_group(group)
+            if not any(key[0] is group and _may_be(start, key[1]) and _may_be(vocab_size, key[2]) for key in _layouts):
+                with suppress(RuntimeError):
+                    _asked(group, _Said(0, 0, 0, False, str(error)))
+        raise
+
+
+def _may_be(given: object, known: int) -> bool:
+    return not isinstance(given, int) or given == known
+
+
+def part_of(start: int, width: int, vocab_size: int) -> tuple[int, int]:
+    """vocab_start and vocab_size."""
+    start, vocab_size = checks.index("vocab_start", start), checks.index("vocab_size", vocab_size)
     if start < 0 or vocab_size <= 0:
-        return f"vocab_start must be at least 0 and vocab_size greater than 0, got {start} and {vocab_size}"
+        raise ValueError(f"vocab_start must be at least 0 and vocab_size greater than 0, got {start} and {vocab_size}")
     if width == 0 or start >= vocab_size:
-        return (
-            f"a part without any class: columns {start} to {start + width} of vocab_size {vocab_size}. "
+        raise ValueError(
+            f"vocab_start: a part without any class, columns {start} to {start + width} of vocab_size {vocab_size}. "
             "Every rank of the group needs one"
         )
-    return None
+    return start, vocab_size
+
+
+def process_group(group: Any) -> dist.ProcessGroup:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group: torch.distributed is not initialised; call init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: this rank is not one of it")
+    return group
+
+
+def _asked(group: dist.ProcessGroup, here: _Said) -> list[_Said]:
+    said: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(said, here, group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"rank {dist.get_rank(group)} of a vocabulary's group asked which columns the others have, and one did not "
+            f"take part: {error}"
+        ) from error
+    return said
 
 
 def _agree(said: Sequence[_Said]) -> None:
     for rank, part in enumerate(said):
         if part.wrong is not None:
             raise ValueError(f"rank {rank} of the group: {part.wrong}")
+    if len({part.wide for part in said}) > 1:
+        raise ValueError(
+            f"local_logits must be float64 on all ranks of the group or on none, got {[part.wide for part in said]}"
+        )
     sizes = [part.vocab_size for part in said]
     if len(set(sizes)) > 1:
         raise ValueError(f"vocab_size must be the same on all ranks of the group, got {sizes}")

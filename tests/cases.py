@@ -56,6 +56,11 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def near(x: Tensor) -> Tensor:
+    """Logprobs of a reference policy that is not far from one with logprobs x."""
+    return (x + 0.7 * torch.randn(x.shape)).clamp(max=0.0).float()
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of a loss. ``logits`` is ``view(storage)``, so that strides survive copies and changes of dtype."""
@@ -167,7 +172,11 @@ def run(
 def check(case: Case, backend: str, upstream: Tensor | float = 1.0, **keywords: Any) -> Numbers:
     """Run ``case`` on ``backend`` and hold every number against the truth. Returns the numbers."""
     case = case.having(**keywords)
-    actual = run(case.public(backend), case, upstream=upstream)
+    return hold(case, run(case.public(backend), case, upstream=upstream), upstream)
+
+
+def hold(case: Case, actual: Numbers, upstream: Tensor | float = 1.0) -> Numbers:
+    """Hold every number of a run of ``case`` against the truth."""
     eager = run(case.reference, case, upstream=upstream)
     truth = run(case.reference, case, torch.float64, upstream=upstream)
 

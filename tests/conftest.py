@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from ranks import Ranks
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -158,6 +159,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """The device of the test's backend."""
     name = "backend" if "backend" in request.fixturenames else "kernels"
     return device_of(request.getfixturevalue(name))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes of a gloo group, which any test may hand a function to."""
+    yield Ranks()
+    Ranks.stop()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

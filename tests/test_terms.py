@@ -13,7 +13,7 @@ from typing import Any
 import formulas
 import pytest
 import torch
-from cases import DTYPES, EPS, MODES, POLICY_LOSSES, Case, check, make, run
+from cases import DTYPES, EPS, MODES, POLICY_LOSSES, Case, check, make, near, run
 from conftest import device_of, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,11 +26,6 @@ from fused_losses.terms import KL_TYPES
 
 ids = {"ids": lambda value: str(value).removeprefix("torch.")}
 INF, NAN = math.inf, math.nan
-
-
-def near(x: Tensor) -> Tensor:
-    """Logprobs of a reference policy that is not far from one with logprobs x."""
-    return (x + 0.7 * torch.randn(x.shape)).clamp(max=0.0).float()
 
 
 # For tokens of shape (7,). A function draws from the seeded global generator.

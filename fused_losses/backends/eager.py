@@ -48,10 +48,10 @@ class Eager:
         return True
 
     def normaliser(self, problem: Problem) -> Tensor:
-        """0-d: what a mean divides by."""
+        """0-d float64: what a mean divides by."""
         active = active_rows(problem)
         weights = constant(problem.weights, problem.targets.tokens.new_empty(0, dtype=torch.float32))
-        return weights.expand_as(active).where(active, 0.0).double().sum().float()
+        return weights.expand_as(active).where(active, 0.0).double().sum()
 
     def loss_and_grad(self, logits: Tensor, problem: Problem, gradient: Tensor) -> tuple[Tensor, Tensor]:
         stats = self.stats(logits, problem)
@@ -72,7 +72,7 @@ class Eager:
         others = _with_targets(x, at, nothing) if single else x
         maximum = others.amax(-1).clamp(min=_FLOAT_MIN)
         if single:  # where the target has all the mass: (finite - -FLT_MAX) / T would overflow
-            maximum = maximum.where((others > -torch.inf).any(-1), target[:, 0])
+            maximum = maximum.where((others > -torch.inf).any(-1) | outside[:, 0], target[:, 0])
         unit = _inverse_temperature(problem.transform, maximum)[:, None]
         top = _capped(maximum, problem.transform)[:, None]
         z = _capped(x, problem.transform)
@@ -102,13 +102,13 @@ class Eager:
         tokens = _matrix(problem.targets).T
         given = tokens != problem.targets.ignore_index
         logp = softmax.logprobs.where(given & read, 0.0)
-        inputs = [constant(c, like) for c in problem.inputs]
-        weights = constant(problem.weights, like)
-        denominator = self.normaliser(problem) if problem.denominator is None else constant(problem.denominator, like)
+        inputs = [_column(c, like) for c in problem.inputs]
+        weights = _column(problem.weights, like)
+        denominator = _column(self.normaliser(problem) if problem.denominator is None else problem.denominator, like)
         if problem.plain:
             logprobs = logp[0]
             losses, g = objective.formula(logprobs, *inputs)
-            derivatives = constant(g, like).expand_as(like)[None]
+            derivatives = _column(g, like).expand_as(like)[None]
         else:
             zero = torch.zeros_like(like)
             entropy = (softmax.log_total - softmax.mean).where(read, 0.0) if entropy_asked else zero
@@ -127,16 +127,16 @@ class Eager:
             whole: Tensor | float = 1.0
             x = logp[0]
             if problem.targets.shares is not None:
-                shares = problem.targets.shares.T
+                shares = problem.targets.shares.T.to(like.dtype)
                 x = (shares * logp).where(shares != 0, 0.0).sum(0)
                 whole = shares.sum(0)
             seen = Seen(x, lse + softmax.log_total, entropy, spread, whole)
             terms = terms._replace(
-                importance_weights=constant(terms.importance_weights, like),
-                ref_logprobs=constant(terms.ref_logprobs, like),
-                kl_coef=constant(terms.kl_coef, like),
-                entropy_coef=constant(terms.entropy_coef, like),
-                log_ratio_clamp=constant(terms.log_ratio_clamp, like),
+                importance_weights=_column(terms.importance_weights, like),
+                ref_logprobs=_column(terms.ref_logprobs, like),
+                kl_coef=_column(terms.kl_coef, like),
+                entropy_coef=_column(terms.entropy_coef, like),
+                log_ratio_clamp=_column(terms.log_ratio_clamp, like),
             )
             losses, *by, s = row_loss(objective.formula, seen, inputs, terms)
             derivatives = torch.stack([d.expand_as(like) for d in (*by, s / problem.vocab)])
@@ -164,7 +164,7 @@ class Eager:
         vocab = x.shape[1]
         tokens = _matrix(targets)
         outside = (tokens < 0) | (tokens >= vocab)
-        shares = torch.ones_like(tokens, dtype=x.dtype) if targets.shares is None else targets.shares
+        shares = torch.ones_like(tokens, dtype=x.dtype) if targets.shares is None else targets.shares.to(x.dtype)
         counts = shares != 0
         # what has no element of its own goes to a column beside the vocabulary
         at = tokens.where(counts & ~outside, vocab).long()
@@ -226,6 +226,10 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype is torch.float64 else logits.float()
 
 
+def _column(column: Column, like: Tensor) -> Tensor:
+    return constant(column, like).to(like.dtype)
+
+
 def _with_targets(rows: Tensor, at: Tensor, values: Tensor) -> Tensor:
     """``rows`` with the elements ``at`` replaced; those beside the vocabulary are dropped."""
     return torch.nn.functional.pad(rows, (0, 1)).scatter(1, at, values)[:, :-1]
@@ -253,7 +257,7 @@ def _capped(x: Tensor, transform: Transform) -> Tensor:
 
 
 def _inverse_temperature(transform: Transform, like: Tensor) -> Tensor:
-    t = constant(transform.temperature, like)
+    t = _column(transform.temperature, like)
     return torch.where(t > 0, 1 / t, torch.nan).expand_as(like)
 
 
