@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -346,8 +347,9 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
         moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0).clamp(min=_LOWEST))
         columns = _of_layout(layout, parts.device).columns[:, None]
         rows.append(moment.sum(0) if terms.entropy else nothing)
-        drifts = terms.statistics or terms.label_smoothing != 0
-        rows.append((stats.drift + columns * delta).sum(0) if drifts else nothing)
+        # a part of -inf alone, whose target another part has, has no maximum to be relative to
+        drift = (stats.drift + columns * delta).masked_fill(empty & stats.maximum.isnan(), -torch.inf)
+        rows.append(drift.sum(0) if terms.statistics or terms.label_smoothing != 0 else nothing)
     if terms.statistics:
         rows += [(grown * grown * stats.squares).sum(0), _top1(stats, problem.targets, target[0], layout)]
     return Stats(torch.stack(rows).where(rows_to_read(problem), 0.0), terms.statistics)
@@ -373,7 +375,7 @@ def _targets_logits(parts: Tensor, targets: Targets, layout: Layout) -> Tensor:
 def _owner(tokens: Tensor, layout: Layout) -> Tensor:
     """The rank that has each; of one that nobody has, any."""
     known = _of_layout(layout, tokens.device)
-    return known.ranks[torch.bucketize(tokens, known.starts, right=True)]
+    return known.ranks[torch.bucketize(tokens.long(), known.starts, right=True)]
 
 
 class _OnDevice(NamedTuple):
@@ -399,5 +401,5 @@ def _distance(logits: Tensor, maximum: Tensor, transform: Transform) -> Tensor:
     """z(logits) - z(maximum)"""
     if transform.softcap is None:
         return (logits - maximum) / transform.temperature
-    scale = transform.softcap / transform.temperature
-    return (torch.tanh(logits / transform.softcap) - torch.tanh(maximum / transform.softcap)) * scale
+    levels = torch.tanh(logits / transform.softcap) - torch.tanh(maximum / transform.softcap)
+    return levels * transform.softcap / transform.temperature  # in the dtype of logits, whatever temperature's

@@ -137,6 +137,40 @@ def formula(logp: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tens
     return advantages * tanh**2, advantages * 2 * tanh * (1 - tanh**2)
 
 
+def seen_statistics(here: Rank, on: str) -> None:
+    """Of targets that are, or are not, the first of equal maxima, in one part or in several; and of a head in parts."""
+    torch.manual_seed(0)
+    logits = torch.randint(-3, 4, (N, VOCAB)).float()
+    highest = logits == logits.amax(-1, keepdim=True)
+    first, last = highest.int().argmax(-1), VOCAB - 1 - highest.flip(-1).int().argmax(-1)
+    keywords: dict[str, Any] = {"temperature": 0.7, "softcap": 5.0}
+    for targets in (first, last, torch.randint(VOCAB, (N,)).masked_fill_(torch.arange(N) == 3, -100)):
+        whole_logits = logits.double().requires_grad_()
+        local = logits.clone().requires_grad_()
+        truth = reference.statistics(whole_logits, targets, **keywords)
+        seen = fused_losses.statistics(shard(here, local), targets, backend=on, **keywords)
+        _same_statistics(seen, truth)
+        assert_same_everywhere(here, *seen)
+        by_logprobs, by_entropy = torch.randn(2, N)
+        for given in (truth, seen):
+            ((given.logprobs * by_logprobs).sum() + (given.entropy * by_entropy).sum()).backward()
+        torch.testing.assert_close(whole(here, local.grad).double(), whole_logits.grad, rtol=1e-4, atol=1e-5)
+
+        hidden, weight = torch.randn(N, 8), torch.randn(VOCAB, 8)
+        part = columns_of(here, UNEVEN[here.world])
+        parts = {"group": here.group, "vocab_start": part.start, "vocab_size": VOCAB}
+        truth = reference.statistics(hidden.double() @ weight.double().t(), targets, **keywords)
+        for skip_masked in (False, True):
+            head = LinearHead(hidden, weight[part], chunk_bytes=3000, skip_masked=skip_masked, **parts)
+            _same_statistics(fused_losses.statistics(head, targets, backend=on, **keywords), truth)
+
+
+def _same_statistics(seen: fused_losses.Statistics, truth: fused_losses.Statistics) -> None:
+    assert torch.equal(seen.top1, truth.top1)
+    for name in ("logprobs", "entropy", "log_sum_squares", "mean_logit"):
+        torch.testing.assert_close(getattr(seen, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5)
+
+
 CUT = torch.tensor([0, 5, 5, N])
 COMPOSED: dict[str, Callable[[Any, Any, dict[str, Tensor]], Any]] = {
     "gspo": lambda m, x, d: m.gspo(x, d["targets"], d["old"], d["advantages"], cu_seqlens=CUT),
@@ -282,6 +316,18 @@ def masked_part(here: Rank, backend: str, dtype: torch.dtype) -> None:
                 else:
                     close(actual.loss, truth.loss, 1e-5)
                     close(actual.gradient, truth.gradient, 1e-5)
+
+
+def masked_part_of_smoothed_labels(here: Rank, on: str) -> None:
+    """Which are shared out over -inf, too: a loss of inf, as in one process."""
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[:2, 129] = logits[2, :129] = -torch.inf
+    targets = torch.tensor([0, 129, 129, 64])
+    found = []
+    for call, given in ((reference.cross_entropy, logits.double()), (fused_losses.cross_entropy, shard(here, logits))):
+        keywords = {} if call is reference.cross_entropy else {"backend": on}
+        found.append(call(given, targets, reduction="none", label_smoothing=0.1, **keywords))
+    close(found[1], found[0], 2e-6)
 
 
 def special_rows(here: Rank, backend: str) -> None:

@@ -91,7 +91,16 @@ def test_a_part_that_is_all_masked(ranks: Ranks, dtype):
 
 
 @pytest.mark.parametrize("on", ["eager", "cpu"])
-@pytest.mark.parametrize("function", [sharded.special_rows, sharded.sure_targets], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function",
+    [
+        sharded.special_rows,
+        sharded.sure_targets,
+        sharded.seen_statistics,
+        sharded.masked_part_of_smoothed_labels,
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_of_every_number_of_ranks_and_backend(ranks: Ranks, function, on):
     for world in WORLDS:
         ranks(world, function, on)

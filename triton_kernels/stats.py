@@ -88,11 +88,12 @@ def stats(
                 rival = sums.peak if ROW.capped else sums.maximum
                 top1 = is_first_of_largest(logits + offset, target, target_logit, rival)
                 squares = sums.squares
+            others = sums.drift
             sums = with_target(sums, target_logit, squash(target_logit, inverse_cap, ROW), scale, ROW)
             maximum = sums.peak if ROW.capped else sums.maximum
             sum = sums.sum
             moment = sums.moment * LN2
-            drift = sums.drift * LN2
+            drift = tl.where(inside, sums.drift, others) * LN2 if ROW.single else sums.drift * LN2
         tl.store(stats + row, maximum)
         tl.store(stats + n + row, sum)
         store_per_target(stats + 2 * n, row, n, target_logit, num_targets, ROW)

@@ -129,7 +129,8 @@ class TermsRow {
         maximum_ = sum_ == 0.f ? own : rival;
         moment_ = kLn2 * seen.moment;
         squares_ = seen.squares;
-        drift_ = seen.drift * scale_ + distance(0);
+        const bool here = target >= 0 && target < vocab;  // or another part of the vocabulary has it
+        drift_ = seen.drift * scale_ + (here ? distance(0) : 0.f);
         // ties are rare: only then is it looked which of the equal logits is first
         top1_ = own > rival || (own == rival && f.largest(logits, target) < own);
     }
