@@ -347,8 +347,8 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
         moment = grown * (stats.moment + stats.sum * delta.masked_fill(empty, 0.0).clamp(min=_LOWEST))
         columns = _of_layout(layout, parts.device).columns[:, None]
         rows.append(moment.sum(0) if terms.entropy else nothing)
-        # a part of -inf alone, whose target another part has, has no maximum to be relative to
-        drift = (stats.drift + columns * delta).masked_fill(empty & stats.maximum.isnan(), -torch.inf)
+        # a part of -inf alone has no maximum to be relative to
+        drift = (stats.drift + columns * delta).masked_fill(empty & ~stats.maximum.isfinite(), -torch.inf)
         rows.append(drift.sum(0) if terms.statistics or terms.label_smoothing != 0 else nothing)
     if terms.statistics:
         rows += [(grown * grown * stats.squares).sum(0), _top1(stats, problem.targets, target[0], layout)]
