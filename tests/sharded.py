@@ -260,6 +260,10 @@ def close_composed(here: Rank, name: str, dtype: torch.dtype) -> None:
 def exact_layout(here: Rank, parts: list[tuple[int, int]], vocab: int, leading: tuple[int, ...]) -> None:
     """parts: (first, width) by rank, the last ones padded beyond ``vocab``; what lies there is NaN and inf."""
     case = make("cross_entropy", leading, vocab, label_smoothing=0.1, z_loss=0.01, ignored=False)
+    edges = torch.tensor([edge for first, width in parts for edge in (first, min(first + width, vocab) - 1)])
+    n = min(len(edges), case.target_tokens.numel())
+    case.target_tokens.view(-1)[:n] = edges[:n]
+    case.storage.view(-1, vocab)[torch.arange(n), edges[:n]] = 0.5
     truth = run(case.reference, case, torch.float64)
     first, width = parts[here.rank]
     end = min(first + width, vocab)
@@ -1009,6 +1013,9 @@ def global_tokens(here: Rank) -> None:
     expected = all_weights.double()[every != -100].sum()
     assert abs(count(mine, weights=own, group=group).double() - expected) <= 6e-8 * expected
     assert_same_everywhere(here, count(mine, weights=own, group=group))
+    many = torch.ones(9, 7).index_fill(0, torch.tensor([0]), 2.0**24)  # that a float32 adds 1 to in vain
+    exact = torch.tensor((7 * 2.0**24 + 56) * here.world, dtype=torch.float64).float()
+    assert torch.equal(count(torch.zeros(9, 7, dtype=torch.int32), weights=many, group=group), exact)
     assert count(mine, weights=2.0, group=group).item() == 2 * got.item()
     assert count(mine, weights=torch.where(mine == -100, torch.nan, 1.0), group=group).item() == got.item()
     assert count(mine[:0], group=group).item() == 0
