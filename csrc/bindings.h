@@ -282,6 +282,7 @@ inline Problem problem(PyObject* record, int64_t n, const float* loss = nullptr)
     for (Py_ssize_t i = 0; i < kMaxInputs; ++i)
         out.inputs[i] = i < PyTuple_GET_SIZE(inputs) ? column(PyTuple_GET_ITEM(inputs, i), n, py.inputs) : Column{};
     out.terms = terms(field(record, py.terms), n);
+    if (out.terms.statistics && !out.targets.single()) refuse(py.statistics, "are of one target per token");
     PyObject* denominator = field(record, py.denominator);
     out.denominator = denominator == Py_None ? Column{loss, 0, 1.f} : column(denominator, n, py.denominator);
     out.vocab = integer(field(record, py.vocab), py.vocab);
@@ -355,8 +356,6 @@ inline void bind(py::module_& m, dlpack::DeviceType device_type) {
         const int64_t n = tokens_of(record.ptr());
         float* const into = loss.is_none() ? nullptr : floats(loss.ptr(), 1, python().loss);
         const Problem asked = problem(record.ptr(), n, into);
-        if (asked.terms.statistics && !asked.targets.single())
-            refuse(python().statistics, "are of one target per token");
         run(ObjectiveParams{n, asked, stats<const float>(stats_arg.ptr(), asked.stats_rows(), asked.targets.num, n),
                             logprobs(logprobs_arg.ptr(), asked, n), floats(row_losses.ptr(), n, python().row_losses),
                             coefficients<float>(coefficients_arg.ptr(), asked.plain, n), into, averages(asked, into)},

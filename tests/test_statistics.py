@@ -18,6 +18,8 @@ from torch import Tensor
 import fused_losses
 from fused_losses import Statistics, reference
 from fused_losses.backends import named
+from fused_losses.objectives import OBJECTIVES
+from fused_losses.problem import Problem, Targets, Terms, Transform
 
 ALL = Statistics._fields
 NUMBERS = ALL[:-1]
@@ -475,6 +477,18 @@ def test_the_same_token_in_any_batch(backend, device, dtype, softcap):
 def test_wrong_outputs(outputs, message):
     with pytest.raises(ValueError, match=f"outputs must.*{message}"):
         fused_losses.statistics(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), outputs=outputs)
+
+
+def test_of_several_targets_there_are_none():
+    """C++ says so, who would read a target that is not there."""
+    backend = named("cpu")
+    if backend.unusable(torch.device("cpu")):
+        pytest.skip("the cpu backend is not usable here")
+    targets = Targets(torch.zeros(2, 3, dtype=torch.int64), -100, torch.ones(2, 3))
+    terms = Terms(entropy=True, statistics=True)
+    problem = Problem(targets, Transform(), 1.0, OBJECTIVES["logprobs"], (), terms, 1.0, 5, False)
+    with pytest.raises(ValueError, match="statistics are of one target per token"):
+        backend.stats(torch.zeros(2, 5), problem)
 
 
 def test_wrong_arguments():
