@@ -347,7 +347,7 @@ def special_rows(here: Rank, backend: str) -> None:
     logits[5] = -torch.inf
     logits[5, 128] = 0.0  # all that there is
     logits[6] = torch.nan
-    for keywords in ({}, {"label_smoothing": 0.0, "z_loss": 0.01}, {"recompute": True}):
+    for keywords in ({}, {"label_smoothing": 0.0, "z_loss": 0.01}, {"recompute": True}, {"temperature": 0.25}):
         for several in (False, True):
             found = []
             tokens = torch.stack((targets, targets), 1) if several else targets
