@@ -143,7 +143,8 @@ def statistics(problem: Problem, names: tuple[str, ...], repeats: int) -> Iterat
     expected = reference.statistics(few[0].double(), few[1])
     for name in names:
         seen = fused_losses.statistics(*few, backend=name)
-        torch.testing.assert_close(tuple(seen), tuple(expected), rtol=1e-5, atol=1e-6, check_dtype=False)
+        # atol: a mean near 0 of logits of about 10 is as exact as these are
+        torch.testing.assert_close(tuple(seen), tuple(expected), rtol=1e-5, atol=1e-5, check_dtype=False)
         for mode, function in OBSERVED.items():
             call = partial(function, problem.buffer, problem.targets, backend=name)
             ready.append(Contender(FUSED, mode, call, name))
