@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import checks
 from .backends import Backend
-from .backends.eager import rows_to_read
 from .logits import Logits
 from .origin import Origin
 from .problem import Coefficients, Column, Problem, Stats, Targets, Transform
@@ -333,7 +332,8 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
     """
     terms = problem.terms
     stats = Stats(parts.transpose(0, 1), terms.statistics)  # a number: (R, N)
-    target = _targets_logits(parts, problem.targets, layout)
+    # (K, N): who does not have a target has NaN for its logit, and where all have, so has the row
+    target = reduce(torch.fmax, parts[:, 2 : 2 + problem.targets.num].unbind())
     empty = stats.sum == 0
     maximum = stats.maximum.masked_fill(empty, torch.finfo(torch.float32).min).amax(0)
     if problem.targets.num == 1:  # no mass but its own
@@ -352,7 +352,7 @@ def joined(parts: Tensor, problem: Problem, layout: Layout) -> Stats:
         rows.append(drift.sum(0) if terms.statistics or terms.label_smoothing != 0 else nothing)
     if terms.statistics:
         rows += [(grown * grown * stats.squares).sum(0), _top1(stats, problem.targets, target[0], layout)]
-    return Stats(torch.stack(rows).where(rows_to_read(problem), 0.0), terms.statistics)
+    return Stats(torch.stack(rows), terms.statistics)
 
 
 def _top1(stats: Stats, targets: Targets, target: Tensor, layout: Layout) -> Tensor:
@@ -363,13 +363,6 @@ def _top1(stats: Stats, targets: Targets, target: Tensor, layout: Layout) -> Ten
     before, mine = first[:, None] < theirs, first[:, None] == theirs
     beaten = torch.where(before, stats.maximum >= target, stats.maximum > target) & ~mine & (stats.sum != 0)
     return stats.top1.gather(0, owner[None])[0].masked_fill(beaten.any(0), 0.0)
-
-
-def _targets_logits(parts: Tensor, targets: Targets, layout: Layout) -> Tensor:
-    """(K, N): each from the rank that has it; NaN where none does."""
-    tokens = (targets.tokens if targets.tokens.dim() == 2 else targets.tokens[:, None]).T
-    found = parts[:, 2 : 2 + tokens.shape[0]].gather(0, _owner(tokens, layout)[None])[0]
-    return found.masked_fill((tokens < 0) | (tokens >= max(layout.ends)), torch.nan)
 
 
 def _owner(tokens: Tensor, layout: Layout) -> Tensor:
@@ -400,6 +393,8 @@ def _of_layout(layout: Layout, device: torch.device) -> _OnDevice:
 def _distance(logits: Tensor, maximum: Tensor, transform: Transform) -> Tensor:
     """z(logits) - z(maximum)"""
     if transform.softcap is None:
-        return (logits - maximum) / transform.temperature
+        distance = logits - maximum
+        unit = isinstance(transform.temperature, float) and transform.temperature == 1.0
+        return distance if unit else distance / transform.temperature
     levels = torch.tanh(logits / transform.softcap) - torch.tanh(maximum / transform.softcap)
     return levels * transform.softcap / transform.temperature  # in the dtype of logits, whatever temperature's
