@@ -62,7 +62,7 @@ struct OnChipShape {
 };
 
 constexpr int64_t kVector = sizeof(uint4);
-static_assert(sizeof(OnChipShared<TermsRow<Softcap>::OnChip>) <= (3 << 10),
+static_assert(sizeof(OnChipShared<float, TermsRow<Softcap>::OnChip>) <= (3 << 10),
               "more, and a chunk less has room beside it");
 
 int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
@@ -128,7 +128,7 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     const int64_t rest = (elements * static_cast<int64_t>(sizeof(T)) - bytes) * limits.multiprocessors;
     const int64_t teams =
         rest <= limits.l2_bytes / 8 ? std::min(p.logits.n, at_a_time) : even_grid(p.logits.n, at_a_time);
-    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<typename Row::OnChip>) + bytes, stream,
+    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<T, typename Row::OnChip>) + bytes, stream,
           params, s.team);
 }
 
@@ -172,7 +172,7 @@ void for_type_and_row(DType dtype, bool plain, const Transform& transform, Visit
 // One small block: N is small beside N * V.
 template <class Params>
 void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
-    start(kernel, 1, kMaxThreads, sizeof(Partials<double>), stream, params);
+    start(kernel, 1, kMaxThreads, sizeof(Partials<double, 1>), stream, params);
 }
 
 }  // namespace
@@ -184,7 +184,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
             const OnChipShape chip =
-                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<typename Row::OnChip>),
+                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<T, typename Row::OnChip>),
                               p.problem.targets.single());
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
             if (p.averages) launch(p.normaliser(), stream);

@@ -33,6 +33,7 @@ struct Span {
     int vectors;
     int edges;
 
+    __device__ __forceinline__ Span() : head(0), vectors(0), edges(0) {}  // of no row
     // Vectors aligned in `row`.
     __device__ __forceinline__ Span(const T* row, int vocab) {
         const int to_boundary = static_cast<int>((0 - reinterpret_cast<uintptr_t>(row)) % 16 / sizeof(T));
