@@ -98,7 +98,8 @@ __device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
 // The same pointer, which the compiler can't know to be one to global memory.
 template <class T>
 __device__ __forceinline__ T* in_global(T* p) {
-    return static_cast<T*>(__cvta_global_to_generic(__cvta_generic_to_global(p)));
+    __builtin_assume(__isGlobal(p));
+    return p;
 }
 
 // The block's shared memory, of which the launch asked for sizeof(S); not initialised.

@@ -305,7 +305,7 @@ class OnChip {
             if (c < share.whole && is_cheap(c))
                 map_chunk(read, to + c * share.step, cheap, all);
             else
-                map_chunk(read, to + c * share.step, f, inside);
+                map_end<Z>(read, to + c * share.step, f, inside);
         }
         const uint4* const from = vectors_of(next, coming);
         const uint4* const slots = slots_of(in, share);
@@ -323,9 +323,13 @@ class OnChip {
                 commit_copies();
             }
             if (c == chunks_) break;
-            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
+            map_end<Z>([&](int u) { return read_slot(slots + place(c, u)); }, to + c * share.step, f,
+                       [&](int u) { return share.has(c, u); });
             __syncwarp();
-            copy_chunk(coming, from, next_slots, c);
+#pragma unroll 1
+            for (int u = 0; u < kSlots; ++u)
+                if (coming.has(c, u)) copy_async(next_slots + place(c, u), from + c * coming.step + u * kWarp);
+            commit_copies();
         }
         fill_groups();
     }
@@ -361,20 +365,34 @@ class OnChip {
         commit_nothing(kGroups - chunks_);
     }
 
+    // Of a chunk that a warp has not all of, or that is costly. Most rows have one of the former at most: vector by
+    // vector, what it would take beside them is not formed before the others.
+    template <class Z, class Read, class F, class Inside>
+    static __device__ __forceinline__ void map_end(Read read, uint4* to, const F& f, Inside inside) {
+        if constexpr (Z::kCostly) {
+            map_chunk(read, to, f, inside);
+        } else {
+#pragma unroll 1
+            for (int u = 0; u < kSlots; ++u)
+                if (inside(u)) store_streaming(to + u * kWarp, mapped(read(u), f));
+        }
+    }
+    template <class F>
+    static __device__ __forceinline__ uint4 mapped(const uint4& vector, const F& f) {
+        float x[kWidth<T>];
+        unpack<T>(vector, x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+        return pack<T>(x);
+    }
     template <class Read, class F, class Inside>
     static __device__ __forceinline__ void map_chunk(Read read, uint4* to, const F& f, Inside inside) {
         uint4 raw[kSlots];
 #pragma unroll
         for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read(u) : uint4{};
 #pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(raw[u], x);
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
-            store_streaming(to + u * kWarp, pack<T>(x));
-        }
+        for (int u = 0; u < kSlots; ++u)
+            if (inside(u)) store_streaming(to + u * kWarp, mapped(raw[u], f));
     }
     template <class F, class Inside>
     __device__ __forceinline__ void map_slots(const uint4* slots, int c, uint4* to, const F& f, Inside inside) const {
