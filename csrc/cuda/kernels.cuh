@@ -233,7 +233,13 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
             row.read_targets(logits, target_logits);
-            row.see(row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn));
+            using Sums = typename Row::Sums;
+            bool seen = false;
+            if constexpr (Sums::kMassOnly) {
+                row.see(row.gather(sum_row<Sums, FoldedOnline>(logits, vocab, row.left_out, row.z), shared, turn));
+                seen = row.near();
+            }
+            if (!seen) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared, turn));
         }
         row.keep(p.stats, problem.terms, reads);
     }
