@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import Backend, resolve
-from .backends.rows import rows
+from .backends.rows import empty_gradient, rows
 from .problem import BackendName, Coefficients, Problem, Stats, Targets, Transform
 from .stages import Forward
 
@@ -20,6 +20,7 @@ class Logits(NamedTuple):
     backend: BackendName
     inplace: bool = False
     validate: bool = False
+    aligned: bool = False  # whether gradients begin on a 16-byte boundary, wherever the logits do
 
     def loss_and_grad(self, inputs: tuple[Tensor, ...], problem: Problem) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         (logits,) = inputs
@@ -30,7 +31,7 @@ class Logits(NamedTuple):
             # kernels leave the version as it was: whoever saved these logits must find out
             torch.autograd.graph.increment_version(gradient)
         else:
-            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            gradient = empty_gradient(logits, self.aligned)
             loss, logprobs = backend.loss_and_grad(_walkable(logits), problem, gradient)
         return loss, logprobs, (gradient,)
 
@@ -50,7 +51,7 @@ class Logits(NamedTuple):
         upstream: Tensor,
     ) -> tuple[Tensor, ...]:
         (logits,) = inputs
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        gradient = empty_gradient(logits, self.aligned)
         backend = resolve(self.backend, logits.device)
         backend.grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
         return (gradient,)
