@@ -341,7 +341,8 @@ BUGS = {
     "copied to before it is read": (
         "cuda/on_chip.cuh",
         "            if (c == chunks_) break;\n            map_end",
-        "            if (c == chunks_) break;\n            copy_chunk(coming, from, next_slots, c);\n            map_end",
+        "            if (c == chunks_) break;\n"
+        "            copy_chunk(coming, from, next_slots, c);\n            map_end",
     ),
     "no copies after a row that is not mapped": (
         "cuda/kernels.cuh",

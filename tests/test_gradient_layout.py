@@ -11,6 +11,7 @@ import fused_losses
 from fused_losses import ops
 from fused_losses.backends import rows
 from fused_losses.backends.rows import as_matrix, empty_gradient
+from fused_losses.objectives import OBJECTIVES
 from fused_losses.problem import Problem, Targets, Terms, Transform
 
 # name: of a (4, 6, 37) tensor
@@ -81,7 +82,7 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("view", ["all but the last token", "all but the first token", "tokens before sequences"])
 def test_is_a_gradient_like_any_other(cpu_too, view):
-    """Of a view and of a leaf with its strides; added up, seen by a hook, and beside another loss of the same logits."""
+    """Of a view and of a leaf with its strides; added up, seen by a hook, beside another loss of the same logits."""
     base = torch.randn(4, 6, 37)
     target = torch.randint(37, VIEWS[view](base).shape[:2])
     expected = base.clone().requires_grad_()
@@ -106,10 +107,10 @@ def test_is_a_gradient_like_any_other(cpu_too, view):
 def test_operators_say_which_strides(cpu_too, view):
     logits = VIEWS[view](torch.randn(4, 6, 37))
     n = logits.shape[:-1].numel()
+    targets = Targets(torch.zeros(n, dtype=torch.int64), -100)
     problem = Problem(
-        Targets(torch.zeros(n, dtype=torch.int64), -100), Transform(1.0), 1.0, fused_losses.objectives.OBJECTIVES["cross_entropy"],
-        (), Terms(), 1.0, logits.shape[-1], True,
-    )  # fmt: skip
+        targets, Transform(1.0), 1.0, OBJECTIVES["cross_entropy"], (), Terms(), 1.0, logits.shape[-1], True
+    )
     encoded = ops.encode(problem, "cpu", False)
     torch.library.opcheck(torch.ops.fused_losses.loss_and_grad, (logits, *encoded))
 

@@ -56,9 +56,9 @@ struct alignas(16) Prepared {
     T* grad = nullptr;
     int row;
     std::remove_const_t<decltype(Row::z)> z;
-    int left_out;        // of the whole row
+    int left_out;         // of the whole row
     Place left_out_here;  // in this block's part
-    Span<T> span;        // of logits
+    Span<T> span;         // of logits
 };
 
 // The thread that has the one element it is asked for.
@@ -115,9 +115,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         // in most tensors without its divisions: a hundred instructions
         return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i)) + part.first;
     };
-    const auto aim = [&](int slot, int i) -> int64_t {
-        return Row::kSingle || p.problem.targets.single() ? slot : i;
-    };
+    const auto aim = [&](int slot, int i) -> int64_t { return Row::kSingle || p.problem.targets.single() ? slot : i; };
     const auto fetch_token = [&](int slot, int i) {
         if (i < n) ring.fetch(slot, i);
     };
@@ -197,8 +195,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         if (last_warp) {
             turns.advance();
             fetch_token(slot == 0 ? 2 : slot - 1, turns.row());
-            if (first_lane && team.rank() == 0)
-                row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
+            if (first_lane && team.rank() == 0) row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
         }
         const Prepared<T, Row>& coming = shared.prepared[next_slot];
         const T* const next = in_global(coming.logits);
@@ -246,7 +243,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
 }
 
 template <class T, class Row>
-__global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
+__global__ void __launch_bounds__(Row::kGradThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
     typename Row::Shared& shared = shared_memory<typename Row::Shared>();
     int turn = 0;
     const int vocab = static_cast<int>(p.logits.vocab);

@@ -128,8 +128,8 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     const int64_t rest = (elements * static_cast<int64_t>(sizeof(T)) - bytes) * limits.multiprocessors;
     const int64_t teams =
         rest <= limits.l2_bytes / 8 ? std::min(p.logits.n, at_a_time) : even_grid(p.logits.n, at_a_time);
-    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<T, typename Row::OnChip>) + bytes, stream,
-          params, s.team);
+    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<T, typename Row::OnChip>) + bytes,
+          stream, params, s.team);
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
@@ -232,7 +232,7 @@ void launch(const GradParams& p, uintptr_t stream) {
     if (p.logits.n == 0) return;
     for_type_and_row(p.logits.dtype, p.plain, p.transform, [&](auto element, auto kind) {
         using Row = typename decltype(kind)::Row;
-        const Shape s = stream_shape(p.logits, Row::kThreads);
+        const Shape s = stream_shape(p.logits, Row::kGradThreads);
         start(grad_kernel<decltype(element), Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
     });
 }

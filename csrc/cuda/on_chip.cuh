@@ -152,7 +152,6 @@ struct Share : Span<T> {
     __device__ __forceinline__ bool has(int chunk, int u) const {
         return chunk * step + first + u * kWarp < this->vectors;
     }
-
 };
 
 // Where an element of a row is: its vector, -1 at an edge, and its thread.

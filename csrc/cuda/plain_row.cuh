@@ -11,7 +11,7 @@ class PlainRow {
     static constexpr bool kSingle = true;  // whether a token always has one target
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
-    static constexpr int kThreads = kMaxThreads;
+    static constexpr int kThreads = kMaxThreads, kGradThreads = kMaxThreads;
     static constexpr int kThreadsOnChip = 768;
 
     const Identity z;

@@ -32,7 +32,7 @@ class TermsRow {
     using OnChip = TermsRow<Z, RingTargets<false>>;
     static constexpr bool kSingle = false;  // whether a token always has one target
     using Sums = Moments;
-    static constexpr int kThreads = Z::kThreads;
+    static constexpr int kThreads = Z::kThreads, kGradThreads = Z::kGradThreads;
     static constexpr int kThreadsOnChip = 512;
 
     struct Shared {

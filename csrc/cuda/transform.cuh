@@ -17,6 +17,7 @@ constexpr float kLowestExponent = -1000.f;
 // z = x / temperature
 struct Identity {
     static constexpr int kThreads = 896;
+    static constexpr int kGradThreads = 896;
     static constexpr bool kCostly = false;
     float scale;
 
@@ -44,32 +45,33 @@ struct Identity {
 // per element than one of x / softcap. Roundings are spelled out, so that a level is the same wherever it is formed.
 struct Softcap {
     static constexpr int kThreads = 640;
+    static constexpr int kGradThreads = 576;  // as many blocks of 256, and registers for the terms
     static constexpr bool kCostly = true;
     static constexpr float kRise = 20.f;
     static constexpr float kCheap = 0.5625f;  // of |x / softcap|
     static constexpr int kTerms = 5;
     float scale, inverse_softcap, inverse_t;
+    float unit;  // what x is multiplied by before the polynomial: 1, or where there is no room 1 / softcap
     float terms[kTerms];
-    bool room;  // for the softcap in them; else they are of x / softcap
 
     static __device__ __forceinline__ Softcap of(float softcap, float inverse_temperature) {
         constexpr float kRoom = 4096.f;
         constexpr float kTanh[kTerms] = {1.f, -3.333287537e-01f, 1.331907958e-01f, -5.256512016e-02f, 1.623291895e-02f};
         const float inverse = 1.f / softcap;
         const bool room = softcap <= kRoom && inverse <= kRoom;
-        Softcap out{softcap * inverse_temperature, inverse, inverse_temperature, {}, room};
+        Softcap out{softcap * inverse_temperature, inverse, inverse_temperature, room ? 1.f : inverse, {}};
         float power = room ? inverse : 1.f;
         const float square = power * power;
 #pragma unroll
         for (int i = 0; i < kTerms; ++i, power *= square) out.terms[i] = multiply(kTanh[i], power);
         return out;
     }
-    // To 2 ulp near 0 and 4 elsewhere: a softcap of 30 multiplies the error by 30, and tanh.approx has 2^-11. Both forms
-    // are made and one is taken: no divergence. NaN stays NaN.
+    // To 2 ulp near 0 and 4 elsewhere: a softcap of 30 multiplies the error by 30, and tanh.approx has 2^-11. Both
+    // forms are made and one is taken: no divergence. NaN stays NaN.
     __device__ __forceinline__ float level(float x) const {
-        const float u = multiply(x, inverse_softcap), size = fabsf(u);
+        const float size = fabsf(multiply(x, inverse_softcap));
         const float far = 1.f - 2.f * reciprocal_approx(exp2_approx(2.f * kLog2e * size) + 1.f);
-        return size <= kCheap ? cheap_level(room ? x : u) : copysignf(far, u);
+        return size <= kCheap ? cheap_level(multiply(x, unit)) : copysignf(far, x);
     }
     // As level, where cheap says so.
     __device__ __forceinline__ float cheap_level(float x) const {
@@ -78,7 +80,7 @@ struct Softcap {
         return multiply(x, series);
     }
     __device__ __forceinline__ bool cheap(float least, float most) const {
-        return room && multiply(fmaxf(most, -least), inverse_softcap) <= kCheap;
+        return unit == 1.f && multiply(fmaxf(most, -least), inverse_softcap) <= kCheap;
     }
     __device__ __forceinline__ float slope(float level) const { return 1.f - level * level; }
     __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
