@@ -527,10 +527,10 @@ BUGS = {
         "fetch_token(slot == 0 ? 2 : slot - 1, turns.row());",
         "fetch_token(next_slot, turns.row());",
     ),
-    "numbers one row ahead": (
+    "numbers one row behind": (
         "cuda/kernels.cuh",
-        "            turns.advance();\n            fetch_token(slot == 0",
-        "            fetch_token(slot == 0",
+        "            turns.advance();\n            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n",
+        "            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n            turns.advance();\n",
     ),
     "numbers beyond the last row": ("cuda/kernels.cuh", "if (i < n) ring.fetch(slot, i);", "ring.fetch(slot, i);"),
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
