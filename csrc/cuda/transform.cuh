@@ -45,7 +45,7 @@ struct Identity {
 // per element than one of x / softcap. Roundings are spelled out, so that a level is the same wherever it is formed.
 struct Softcap {
     static constexpr int kThreads = 640;
-    static constexpr int kGradThreads = 576;  // as many blocks of 256, and registers for the terms
+    static constexpr int kGradThreads = 512;  // as many blocks of 256, and registers for the terms
     static constexpr bool kCostly = true;
     static constexpr float kRise = 20.f;
     static constexpr float kCheap = 0.5625f;  // of |x / softcap|
