@@ -27,8 +27,9 @@
 
 namespace fused_losses {
 
-constexpr int kSlots = kUnroll;  // of a thread per chunk: what a sweep holds in registers at a time
-constexpr int kGroups = 14;      // the largest shared memory, 227 KB, in chunks of 256 threads
+constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in registers at a time
+constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
+static_assert(kSlots == kUnroll, "FoldedOnline sums for both engines");
 
 // As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
 // a thread may have for its share, a fold would make infinities.
