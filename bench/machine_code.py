@@ -104,17 +104,18 @@ def kind_of(loop: list[str]) -> tuple[str, int]:
 
 def loops_of(code: Code, element: str, check: Callable[[list[str], str, int], None] | None = None) -> dict[str, float]:
     """Instructions per element of each kind of loop over vectors: the longest where there are several, but on chip the
-    shortest, as the others are for the ends of rows, and a warp takes them once."""
-    found: dict[str, float] = {}
+    shortest of those with most vectors, as the others are for the ends of rows, and a warp takes them once."""
+    found: dict[str, tuple[int, float]] = {}
     for loop in inner_loops(code):
         kind, vectors = kind_of(loop)
         if kind:
             elements = vectors * WIDTH[element]
-            cost, pick = len(loop) / elements, min if kind.endswith("on chip") else max
-            found[kind] = pick(found.get(kind, cost), cost)
+            cost, on_chip = len(loop) / elements, kind.endswith("on chip")
+            seen = (-vectors, cost) if on_chip else (0, cost)
+            found[kind] = (min if on_chip else max)(found.get(kind, seen), seen)
             if check:
                 check(loop, kind, elements)
-    return found
+    return {kind: cost for kind, (_, cost) in found.items()}
 
 
 def local_accesses(code: Code) -> int:

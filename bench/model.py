@@ -61,7 +61,7 @@ GPUS = {gpu.name: gpu for gpu in (H100, H200, A100, B200)}
 VECTOR = 16
 SLOTS = 4  # kSlots: vectors of a thread in a chunk
 GROUPS = 14  # kGroups: chunks at most
-SCRATCH = 1792  # sizeof(OnChipShared<PlainRow>)
+SCRATCH = 1664  # sizeof(OnChipShared<bfloat16, PlainRow>)
 AHEAD = 32 * KB  # kAnnounced
 
 

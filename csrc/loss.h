@@ -43,10 +43,11 @@ FL_HD Softmax softmax_of(float distance, float sum, float moment) {
     Softmax out;
     out.lead = fmaxf(distance, 0.f);
     out.behind = distance - out.lead;
-    // e^-lead in two steps: only the product may underflow
-    const float half = expf(-0.5f * out.lead);
+    // e^-lead in two steps: only the product may underflow. One of lead and behind is 0.
+    const bool leads = out.lead > 0.f;
+    const float power = expf(leads ? -0.5f * out.lead : out.behind), half = leads ? power : 1.f;
     out.rest = half * (half * sum);
-    out.own = expf(out.behind);
+    out.own = leads ? 1.f + out.behind : power;  // NaN where the target is +inf
     out.moment = times(half, times(half, moment - times(out.lead, sum))) + times(out.own, out.behind);
     out.total = out.rest + out.own;
     out.log_total = out.own == 1.f ? log1pf(out.rest) : logf(out.total);
@@ -134,12 +135,12 @@ FL_HD Loss objective_of(const Problem& problem, int64_t row, float logp) {
 // A derivative of 0 (a clipped token) must survive an infinite weight / denominator.
 FL_HD float scaled(float derivative, float factor) { return derivative == 0.f ? 0.f : derivative * factor; }
 
-// Of a plain problem.
+// Of a plain problem, and of a row that was read: only its weight can make it inactive.
 template <class Problem>
 FL_HD TokenLoss plain_loss(const Problem& problem, int64_t row, float logp, float denominator) {
-    if (!problem.active(row)) return {0.f, {0.f, 0.f, 0.f, 0.f}};
-    const Loss loss = objective_of(problem, row, logp);
     const float weight = problem.weights.at(row);
+    if (weight == 0.f) return {0.f, {0.f, 0.f, 0.f, 0.f}};
+    const Loss loss = objective_of(problem, row, logp);
     return {weight * loss.value, {scaled(loss.g, weight / denominator), 0.f, 0.f, 0.f}};
 }
 

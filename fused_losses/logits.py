@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import Backend, resolve
-from .backends.rows import rows
+from .backends.rows import empty_gradient, rows
 from .problem import BackendName, Coefficients, Problem, Stats, Targets, Transform
 from .stages import Forward, Ways
 
@@ -24,6 +24,7 @@ class Logits(NamedTuple):
     inplace: bool = False
     validate: bool = False
     layout: Layout | None = None  # of a vocabulary that is sharded
+    aligned: bool = False  # whether gradients begin on a 16-byte boundary, wherever the logits do
 
     def ways(self) -> Ways:
         return Ways(inplace=self.inplace)
@@ -39,7 +40,7 @@ class Logits(NamedTuple):
             # kernels leave the version as it was: whoever saved these logits must find out
             torch.autograd.graph.increment_version(gradient)
         else:
-            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            gradient = empty_gradient(logits, self.aligned)
             loss, logprobs = backend.loss_and_grad(_walkable(logits), problem, gradient)
         return loss, logprobs, (gradient,)
 
@@ -64,7 +65,7 @@ class Logits(NamedTuple):
             self._backend(logits).grad(gradient, targets, transform, stats, coefficients, upstream, gradient)
             torch.autograd.graph.increment_version(gradient)  # as above
         else:
-            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            gradient = empty_gradient(logits, self.aligned)
             self._backend(logits).grad(_walkable(logits), targets, transform, stats, coefficients, upstream, gradient)
         return (gradient,)
 

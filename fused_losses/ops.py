@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .backends.rows import empty_gradient
 from .head import Head
 from .logits import Logits
 from .objectives import OBJECTIVES
@@ -164,7 +165,7 @@ def _opened(arguments: Sequence[Any]) -> tuple[Problem, BackendName, bool]:
 
 def _loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem, backend, validate = _opened(arguments)
-    loss, logprobs, (gradient,) = Logits(backend, False, validate).loss_and_grad((logits,), problem)
+    loss, logprobs, (gradient,) = Logits(backend, False, validate, aligned=True).loss_and_grad((logits,), problem)
     assert gradient is not None
     return loss, logprobs, gradient
 
@@ -194,7 +195,7 @@ def _grad(
     backend: BackendName,
 ) -> Tensor:
     number, softcap = numbers
-    (gradient,) = Logits(backend).grad(
+    (gradient,) = Logits(backend, aligned=True).grad(
         (logits,),
         Targets(target_tokens, 0, shares),
         Transform(number if temperature is None else temperature, softcap or None),
@@ -211,7 +212,7 @@ def _scale(gradient: Tensor, upstream: Tensor, backend: BackendName) -> None:
 
 
 def _fake_loss_and_grad(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return *_fake_loss_and_grad_inplace(logits, *arguments), logits.new_empty(logits.shape)
+    return *_fake_loss_and_grad_inplace(logits, *arguments), empty_gradient(logits, True)
 
 
 def _fake_loss_and_grad_inplace(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -231,7 +232,7 @@ def _fake_forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 
 
 def _fake_grad(logits: Tensor, *arguments: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return empty_gradient(logits, True)
 
 
 def _fake_scale(gradient: Tensor, upstream: Tensor, backend: str) -> None:

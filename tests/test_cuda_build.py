@@ -41,7 +41,7 @@ STATISTICS = 1.5
 ON_CHIP = {
     "": {"float": 12, "bfloat16": 11.5, "float16": 11.5},
     "Identity": {"float": 17, "bfloat16": 17, "float16": 17},
-    "Softcap": {"float": 33, "bfloat16": 31.75, "float16": 31.75},
+    "Softcap": {"float": 31.25, "bfloat16": 29.75, "float16": 29.75},
 }
 OTHERS = {
     "": {"sum": 7.5, "map": 8, "skewed map": 11, "zero": 1.5},

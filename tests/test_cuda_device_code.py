@@ -98,11 +98,19 @@ BUGS = {
     "barrier dropped": ("cuda/block.cuh", "    team.barrier();\n", ""),
     "barrier in a branch": (
         "cuda/block.cuh",
-        "if (lane == 0) team.tell(partials[team.rank() * warps + warp], x);\n    team.barrier();",
-        "if (lane == 0) {\n team.tell(partials[team.rank() * warps + warp], x);\n team.barrier();\n }",
+        "            team.tell(partials[team.rank() * warps + warp], x);\n    }\n    team.barrier();",
+        "            team.tell(partials[team.rank() * warps + warp], x);\n        team.barrier();\n    }",
     ),
     "partials used again too early": ("cuda/block.cuh", "turn ^= 1;", ""),
     "half a warp reduced": ("cuda/block.cuh", "lane > 0; lane /= 2) x +=", "lane > 1; lane /= 2) x +="),
+    "a quarter of a warp reduced": ("cuda/block.cuh", "lane >= kFew; lane /= 2) x +=", "lane > kFew; lane /= 2) x +="),
+    "few partials for the first lanes only": ("cuda/block.cuh", "few ? lane % kFew : lane", "lane"),
+    "many partials taken for few": ("cuda/block.cuh", "few = count <= kFew;", "few = true;"),
+    "maxima compared as integers": (
+        "cuda/block.cuh",
+        "return bits ^ (bits >> 31 & 0x7fffffff);",
+        "return bits;",
+    ),
     "tail short by one": (
         "cuda/two_sweeps.cuh",
         "edges = vocab - vectors * kWidth<T>;",
@@ -154,8 +162,8 @@ BUGS = {
     ),
     "temperature left out of the slope": (
         "cuda/plain_row.cuh",
-        "factor = z.scale * dense_gradient",
-        "factor = dense_gradient",
+        "factor = z.scale * (-loss_",
+        "factor = (-loss_",
     ),
     "temperature left out of the target's slope": (
         "cuda/plain_row.cuh",
@@ -374,7 +382,7 @@ BUGS = {
         "wait_copies<kGroups - 1>();\n#pragma",
         "wait_copies<kGroups>();\n#pragma",
     ),
-    "groups not filled up": ("cuda/on_chip.cuh", "for (int c = chunks_; c < kGroups; ++c) commit_copies();", ""),
+    "groups not filled up": ("cuda/on_chip.cuh", "        commit_nothing(kGroups - chunks_);\n", ""),
     "no group closed in sweep 1": ("cuda/on_chip.cuh", "[] { commit_copies(); }", "[] {}"),
     "a chunk's group left open": (
         "cuda/on_chip.cuh",
@@ -383,22 +391,19 @@ BUGS = {
     ),
     "copied to before it is read": (
         "cuda/on_chip.cuh",
-        "            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n"
-        "            __syncwarp();\n"
-        "            copy_chunk(coming, from, next_slots, c);\n",
-        "            copy_chunk(coming, from, next_slots, c);\n"
-        "            __syncwarp();\n"
-        "            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });\n",
+        "            if (c == chunks_) break;\n            map_end",
+        "            if (c == chunks_) break;\n"
+        "            copy_chunk(coming, from, next_slots, c);\n            map_end",
     ),
     "no copies after a row that is not mapped": (
         "cuda/kernels.cuh",
-        "if (!from_slots) chip.fetch(next, part.size);",
+        "if (!from_slots) chip.fetch(next, coming.span);",
         "",
     ),
     "copied twice": (
         "cuda/kernels.cuh",
-        "if (!from_slots) chip.fetch(next, part.size);",
-        "chip.fetch(next, part.size);",
+        "if (!from_slots) chip.fetch(next, coming.span);",
+        "chip.fetch(next, coming.span);",
     ),
     "slots under the scratch": (
         "cuda/kernels.cuh",
@@ -411,11 +416,11 @@ BUGS = {
         "(threadIdx.x + in_line) % kWarp;",
         "threadIdx.x % kWarp + in_line;",
     ),
-    "announced, and there is no row": ("cuda/on_chip.cuh", "16 * min_of(vectors, share.vectors)", "16 * vectors"),
+    "announced, and there is no row": ("cuda/on_chip.cuh", "16 * min_of(vectors, span.vectors)", "16 * vectors"),
     "announced beyond the row": (
         "cuda/on_chip.cuh",
-        "16 * min_of(vectors, share.vectors)",
-        "16 * (share.vectors > 0 ? vectors : 0)",
+        "16 * min_of(vectors, span.vectors)",
+        "16 * (span.vectors > 0 ? vectors : 0)",
     ),
     # on chip: slots in the phase of what is copied into them
     "slots not turned": ("cuda/on_chip.cuh", "(threadIdx.x + in_line) % kWarp;", "threadIdx.x % kWarp;"),
@@ -461,8 +466,8 @@ BUGS = {
     ),
     "filled while the warp still maps a row's end": (
         "cuda/on_chip.cuh",
-        "            __syncwarp();\n            copy_chunk(",
-        "            copy_chunk(",
+        "            __syncwarp();\n#pragma unroll 1\n",
+        "#pragma unroll 1\n",
     ),
     "slots for no more vectors than there are": (
         "cuda/launch.cu",
@@ -472,10 +477,10 @@ BUGS = {
     # on chip: masks, edges and the rest
     "the last row's mask": (
         "cuda/kernels.cuh",
-        "row_to_read(next_slot, next_i)",
-        "row_to_read(slot, next_i)",
+        "if (problem.reads(slot, aim(slot, i))) {",
+        "if (problem.reads(slot == 0 ? 2 : slot - 1, aim(slot == 0 ? 2 : slot - 1, i))) {",
     ),
-    "a masked row copied": ("cuda/kernels.cuh", "i < n && problem.reads(slot, aim(slot, i)) ?", "i < n ?"),
+    "a masked row copied": ("cuda/kernels.cuh", "if (problem.reads(slot, aim(slot, i))) {", "if (i < n) {"),
     "a whole chunk at the row's end": ("cuda/on_chip.cuh", "warp - kPiece + step)", "warp - 1 + step)"),
     "the last chunk left out": ("cuda/on_chip.cuh", "warp - 1 + step)", "warp - kPiece + step)"),
     "the next row's end taken for this one's": (
@@ -488,8 +493,8 @@ BUGS = {
         "min_of(share.whole, coming.whole)",
         "coming.whole",
     ),
-    "edges left out": ("cuda/on_chip.cuh", "if (edge >= 0 && edge != left_out)", "if (false)"),
-    "target at the edge added": ("cuda/on_chip.cuh", "if (edge >= 0 && edge != left_out)", "if (edge >= 0)"),
+    "edges left out": ("cuda/on_chip.cuh", "if (on_edge && !owns_edge)", "if (false)"),
+    "target at the edge added": ("cuda/on_chip.cuh", "if (on_edge && !owns_edge)", "if (on_edge)"),
     "edges not mapped": (
         "cuda/on_chip.cuh",
         "if (static_cast<int>(threadIdx.x) < share.edges) {\n            const int edge = share.edge",
@@ -503,10 +508,10 @@ BUGS = {
     "the rest not mapped": ("cuda/on_chip.cuh", "c >= chunks_; --c", "c > chunks_; --c"),
     "slots mapped in another phase": ("cuda/kernels.cuh", "&& skew_of<T>(logits, grad) == 0", ""),
     # on chip: the target
-    "target's chunk taken whole": ("cuda/on_chip.cuh", "near ? left_out_vector >> log_step_ : -1;", "-1;"),
+    "target's chunk taken whole": ("cuda/on_chip.cuh", "near ? left_out.vector >> log_step_ : -1;", "-1;"),
     "target's vector added": (
         "cuda/on_chip.cuh",
-        " && c * share.step + share.first + u * kWarp != left_out_vector;",
+        " && c * share.step + share.first + u * kWarp != skipped;",
         ";",
     ),
     "target added with its vector": (
@@ -515,13 +520,34 @@ BUGS = {
         "            if (true) add_to(",
     ),
     "target's logit from its neighbour": ("cuda/on_chip.cuh", "found = x[i];", "found = x[i ^ 1];"),
-    "target by another warp": ("cuda/on_chip.cuh", "/ kPiece * kWarp + v % kWarp;", "% kWarp;"),
+    "target by another warp": ("cuda/on_chip.cuh", "/ Share<T>::kPiece * kWarp + v % kWarp};", "% kWarp};"),
+    "the target's place left as it was": ("cuda/on_chip.cuh", "place_in_it(), lowest<T>())", "place_in_it(), T{})"),
+    "another element's place taken": (
+        "cuda/on_chip.cuh",
+        "exchange_in_slot(slot_of_it(), place_in_it(),",
+        "exchange_in_slot(slot_of_it(), place_in_it() ^ 1,",
+    ),
+    "the target's place taken before it has come": (
+        "cuda/on_chip.cuh",
+        "                wait_copies<kGroups - 1>();\n                if (owns) found(to",
+        "                if (owns) found(to",
+    ),
+    "-inf counted where it is more than no mass": (
+        "cuda/sums.cuh",
+        "struct Moments {\n    static constexpr bool kMassOnly = false;",
+        "struct Moments {\n    static constexpr bool kMassOnly = true;",
+    ),
+    "a vector left out of the slots and of the rest": (
+        "cuda/on_chip.cuh",
+        "takes = Sums::kMassOnly && near && apart < chunks_;",
+        "takes = Sums::kMassOnly && near;",
+    ),
     "one place for the targets of all rows": ("cuda/kernels.cuh", "shared.target[turn]", "shared.target[0]"),
     # on chip: the fold
     "a fold of masks alone": ("cuda/on_chip.cuh", "max_(z.floor(2.f * Folded<Z>::kFar))", "max_(kFloor)"),
     "far rows folded": ("cuda/kernels.cuh", "near = row.near();", "near = true;"),
-    "a far target folded": ("cuda/row.cuh", " && Folded<Z>(z, top).near();", ";"),
-    "a row without mass folded": ("cuda/row.cuh", "return sum != 0.f && ", "return "),
+    "a far target folded": ("cuda/row.cuh", " & Folded<Z>(z, top).near();", ";"),
+    "a row without mass folded": ("cuda/row.cuh", "return (sum > 0.f) & ", "return "),
     "far further out": ("cuda/sums.cuh", "kFar = 262144.f", "kFar = 268435456.f"),
     "the top's rounding left in the sums": (
         "cuda/on_chip.cuh",
@@ -544,25 +570,25 @@ BUGS = {
     # on chip: numbers of the tokens ahead
     "numbers over this token's": (
         "cuda/kernels.cuh",
-        "fetch_token(last_slot, turns.row());",
+        "fetch_token(slot == 0 ? 2 : slot - 1, turns.row());",
         "fetch_token(slot, turns.row());",
     ),
     "numbers over the next token's": (
         "cuda/kernels.cuh",
-        "fetch_token(last_slot, turns.row());",
+        "fetch_token(slot == 0 ? 2 : slot - 1, turns.row());",
         "fetch_token(next_slot, turns.row());",
     ),
-    "numbers one row ahead": (
+    "numbers one row behind": (
         "cuda/kernels.cuh",
-        "fetch_token(last_slot, turns.row());",
-        "fetch_token(last_slot, next_i);",
+        "            turns.advance();\n            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n",
+        "            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n            turns.advance();\n",
     ),
     "numbers beyond the last row": ("cuda/kernels.cuh", "if (i < n) ring.fetch(slot, i);", "ring.fetch(slot, i);"),
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
     "no barrier in a masked row": (
         "cuda/kernels.cuh",
-        "            chip.wait_first();\n            __syncthreads();",
-        "            chip.wait_first();",
+        "        } else {\n            __syncthreads();\n        }\n",
+        "        }\n",
     ),
     "targets of 32 bits side by side": (
         "cuda/token_ring.cuh",
@@ -604,18 +630,31 @@ BUGS = {
     "a column for two numbers": ("cuda/token_ring.cuh", "take(4, from.kl_coef,", "take(3, from.kl_coef,"),
     "no thread for the last column": (
         "cuda/token_ring.cuh",
-        "if (thread < kColumns) {",
-        "if (thread < kColumns - 1) {",
+        "if (lane < kColumns) {",
+        "if (lane < kColumns - 1) {",
     ),
     "numbers without their stride": ("cuda/token_ring.cuh", "source.data + i * source.stride", "source.data + i"),
+    # on chip: the next row, prepared by one warp
+    "prepared before its numbers are seen": (
+        "cuda/kernels.cuh",
+        "        __syncwarp();\n        Prepared",
+        "        Prepared",
+    ),
+    "prepared over this row": ("cuda/kernels.cuh", "prepare(next_slot, turns.row());", "prepare(slot, turns.row());"),
+    "the gradient's row for the logits'": (
+        "cuda/kernels.cuh",
+        "to.grad = row_of(p.grad, i);",
+        "to.grad = row_of(p.logits, i);",
+    ),
+    "a loss nobody stores": ("cuda/kernels.cuh", "if (first_lane && team.rank() == 0)", "if (false)"),
     # on chip: rows in turns
     "a place beyond the turn": ("cuda/kernels.cuh", "        if (place_ >= teams_) place_ -= teams_;\n", ""),
     "the place after the last": ("cuda/kernels.cuh", "if (place_ >= teams_)", "if (place_ > teams_)"),
     "a row left out between turns": ("cuda/kernels.cuh", "first_ += teams_;", "first_ += teams_ + 1;"),
     "the first row twice": (
         "cuda/kernels.cuh",
-        "    turns.advance();\n    fetch_token(1,",
-        "    fetch_token(1,",
+        "        turns.advance();\n        fetch_token(1,",
+        "        fetch_token(1,",
     ),
     "one level of strides": (
         "cuda/kernels.cuh",
@@ -656,7 +695,7 @@ BUGS = {
         "partials[team.rank() * warps + warp] = x;",
     ),
     "both blocks' partials in one place": ("cuda/block.cuh", "partials[team.rank() * warps + warp]", "partials[warp]"),
-    "one block's partials reduced": ("cuda/block.cuh", "lane < team.size() * warps", "lane < warps"),
+    "one block's partials reduced": ("cuda/block.cuh", "count = team.size() * warps;", "count = warps;"),
     "the target's logit told to the own block": ("cuda/kernels.cuh", "team.tell(target, logit);", "target = logit;"),
     "the target's logit told to the other block": (
         "cuda/team.cuh",
@@ -684,16 +723,11 @@ BUGS = {
     "a block's first element not its own": ("cuda/team.cuh", "return first <= j &&", "return first < j &&"),
     "the row's element taken for the part's": (
         "cuda/kernels.cuh",
-        "left_out = part.index_of(row.left_out);",
-        "left_out = row.left_out;",
+        "part.index_of(row.left_out));",
+        "row.left_out);",
     ),
     "both halves at the row's beginning": ("cuda/kernels.cuh", "rows.offset(i)) + part.first;", "rows.offset(i));"),
-    "a whole row copied": ("cuda/kernels.cuh", "chip.fetch(logits, part.size);", "chip.fetch(logits, vocab);"),
-    "a whole row summed": (
-        "cuda/kernels.cuh",
-        "chip.template sum<Sums>(logits, part.size,",
-        "chip.template sum<Sums>(logits, vocab,",
-    ),
+    "a whole row copied": ("cuda/kernels.cuh", "Span<T>(to.logits, part.size);", "Span<T>(to.logits, vocab);"),
     "a whole far row summed": (
         "cuda/kernels.cuh",
         "sum_row<Sums>(logits, part.size,",
@@ -707,6 +741,8 @@ BUGS = {
     ),
     "pairs numbered as blocks": ("cuda/team.cuh", "size_ == 1 ? blockIdx.x : blockIdx.x / 2", "blockIdx.x"),
     "pairs counted as blocks": ("cuda/team.cuh", "size_ == 1 ? gridDim.x : gridDim.x / 2", "gridDim.x"),
+    # forward only
+    "far rows folded in stats": ("cuda/kernels.cuh", "seen = row.near();", "seen = true;"),
     # batch invariance
     "threads chosen by the number of rows": (
         "cuda/launch.cu",
@@ -720,8 +756,8 @@ BUGS = {
     ),
     "a row's order by its place": (
         "cuda/two_sweeps.cuh",
-        "const int beside = thread - span.edges;",
-        "if (blockIdx.x % 2) acc.sums.sum *= 1.0000001f;\n    const int beside = thread - span.edges;",
+        "const int thread = threadIdx.x, step = kUnroll * blockDim.x, left_out_vector",
+        "const int thread = (threadIdx.x + blockIdx.x % 2) % blockDim.x, step = kUnroll * blockDim.x, left_out_vector",
     ),
 }
 

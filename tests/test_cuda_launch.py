@@ -444,8 +444,8 @@ BUGS = {
     ),
     "a pair not launched as one": (
         "cuda/launch.cu",
-        "          params, s.team);",
-        "          params);",
+        "stream, params, s.team);",
+        "stream, params);",
         lambda m: test_table(m, "H100", 262144, 2),
     ),
     "slots for a whole row in each of a pair": (

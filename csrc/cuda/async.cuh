@@ -31,6 +31,20 @@ __device__ __forceinline__ void copy_async(Number* shared, const Number* global)
 // Ends a group of this thread's copies; it may be empty.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// The same of as many as some & (8 | 4 | 2 | 1) empty ones. Not one by one, which takes four instructions each.
+__device__ __forceinline__ void commit_nothing(int some) {
+    if (some & 8)
+        asm volatile(
+            "cp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;\n"
+            "cp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;" ::
+                : "memory");
+    if (some & 4)
+        asm volatile("cp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;\ncp.async.commit_group;" ::
+                         : "memory");
+    if (some & 2) asm volatile("cp.async.commit_group;\ncp.async.commit_group;" ::: "memory");
+    if (some & 1) commit_copies();
+}
+
 // Until all of this thread's groups but the last kPending have arrived.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
@@ -40,17 +54,26 @@ __device__ __forceinline__ void wait_copies() {
 // What this thread has copied, or written, there.
 __device__ __forceinline__ uint4 read_slot(const uint4* slot) { return *slot; }
 
-// Asks for `bytes`, a multiple of 16, to be brought to L2; by a block, and nothing waits for it. From sm_90 on one
+// Element i of it, a raw T, in whose place another is put.
+template <class T>
+__device__ __forceinline__ T exchange_in_slot(uint4* slot, int i, T other) {
+    T& place = reinterpret_cast<T*>(slot)[i];
+    const T there = place;
+    place = other;
+    return there;
+}
+
+// Asks for `bytes`, a multiple of 16, to be brought to L2; by a warp, and nothing waits for it. From sm_90 on one
 // instruction of one thread asks for all of it, before that for a line.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
-    if (threadIdx.x == 0 && bytes > 0)
+    if (threadIdx.x % 32 == 0 && bytes > 0)
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 }
 #else
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
     constexpr int kLine = 128;
-    for (int at = threadIdx.x * kLine; at < bytes; at += blockDim.x * kLine)
+    for (int at = threadIdx.x % 32 * kLine; at < bytes; at += 32 * kLine)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
 }
 #endif

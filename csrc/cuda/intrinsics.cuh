@@ -95,6 +95,13 @@ __device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
     return smaller;
 }
 
+// The same pointer, which the compiler can't know to be one to global memory.
+template <class T>
+__device__ __forceinline__ T* in_global(T* p) {
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
 // The block's shared memory, of which the launch asked for sizeof(S); not initialised.
 template <class S>
 __device__ __forceinline__ S& shared_memory() {

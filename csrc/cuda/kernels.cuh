@@ -2,6 +2,8 @@
 // one block per row, on chip one or two.
 #pragma once
 
+#include <type_traits>
+
 #include "on_chip.cuh"
 #include "plain_row.cuh"
 #include "terms_row.cuh"
@@ -46,12 +48,32 @@ struct OnChipParams {
     bool normalises;  // whether each block forms the mean's normaliser for itself
 };
 
-template <class Row>
+// What all threads need of a row, which one warp has found out while the row before it was summed. In every thread it
+// was a fifth of what a row costs beside its elements.
+template <class T, class Row>
+struct alignas(16) Prepared {
+    const T* logits = nullptr;  // null where they are not read
+    T* grad = nullptr;
+    int row;
+    std::remove_const_t<decltype(Row::z)> z;
+    int left_out;         // of the whole row
+    Place left_out_here;  // in this block's part
+    Span<T> span;         // of logits
+};
+
+// The thread that has the one element it is asked for.
+struct Owner {
+    int thread;
+    __device__ __forceinline__ int owner(int) const { return thread; }
+};
+
+template <class T, class Row>
 struct alignas(128) OnChipShared {
     typename Row::Shared row;
     float target[2];  // the target's logit, of reductions in turn
-    Partials<double> weights;
+    Partials<double, 1> weights;
     TokenRing<Row::kSingle> ring;
+    Prepared<T, Row> prepared[kRingTokens];  // of the ring's tokens
 };
 
 // The rows of a team, one in each turn of all teams. Teams change places from turn to turn: else a mask whose period
@@ -59,7 +81,7 @@ struct alignas(128) OnChipShared {
 class Turns {
   public:
     __device__ __forceinline__ Turns(int number, int teams) : teams_(teams), shift_(teams * 3 / 8), place_(number) {}
-    __device__ __forceinline__ int64_t row() const { return first_ + place_; }
+    __device__ __forceinline__ int row() const { return first_ + place_; }
     __device__ __forceinline__ void advance() {
         first_ += teams_;
         place_ += shift_;
@@ -68,8 +90,7 @@ class Turns {
 
   private:
     const int teams_, shift_;
-    int place_;
-    int64_t first_ = 0;
+    int place_, first_ = 0;
 };
 
 // The same, while the row is on chip. A row that the engine can't map, as its gradient has another phase or its maximum
@@ -78,94 +99,121 @@ template <class T, class Kind>
 __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const __grid_constant__ OnChipParams params) {
     using Row = typename Kind::OnChip;
     using Sums = typename Row::Sums;
-    OnChipShared<Row>& shared = shared_memory<OnChipShared<Row>>();
+    using Shared = OnChipShared<T, Row>;
+    Shared& shared = shared_memory<Shared>();
     TokenRing<Row::kSingle>& ring = shared.ring;
     const OnChip<T> chip(reinterpret_cast<uint4*>(&shared + 1), params.chunks, params.log_step);
     const LossAndGradParams& p = params.asked;
     const auto& problem = ring.problem;
-    const int64_t n = p.logits.n;
+    const int n = static_cast<int>(p.logits.n);
     const int vocab = static_cast<int>(p.logits.vocab);
     const Team team(params.team);
     const Part part = team.part<T>(vocab);
+    // The last warp, whose share of a row is the smallest, looks after the tokens.
+    const bool last_warp = threadIdx.x >= blockDim.x - kWarp, first_lane = threadIdx.x % kWarp == 0;
     const auto row_of = [&](const Rows& rows, int64_t i) {
         // in most tensors without its divisions: a hundred instructions
         return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i)) + part.first;
     };
-    const auto aim = [&](int slot, int64_t i) -> int64_t {
-        return Row::kSingle || p.problem.targets.single() ? slot : i;
-    };
-    const auto row_to_read = [&](int slot, int64_t i) -> const T* {
-        return i < n && problem.reads(slot, aim(slot, i)) ? row_of(p.logits, i) : nullptr;
-    };
-    const auto fetch_token = [&](int slot, int64_t i) {
+    const auto aim = [&](int slot, int i) -> int64_t { return Row::kSingle || p.problem.targets.single() ? slot : i; };
+    const auto fetch_token = [&](int slot, int i) {
         if (i < n) ring.fetch(slot, i);
     };
+    // By the last warp, which has waited for the numbers of token i; a barrier must follow.
+    const auto prepare = [&](int slot, int i) {
+        __syncwarp();
+        Prepared<T, Row> to;
+        to.row = i;
+        if (i < n) {
+            const Row row(problem.targets, problem.transform, slot, aim(slot, i), i, vocab, p.logprobs.data,
+                          p.logprobs.n);
+            to.z = row.z;
+            to.left_out = row.left_out;
+            to.grad = row_of(p.grad, i);
+            if (problem.reads(slot, aim(slot, i))) {
+                to.logits = row_of(p.logits, i);
+                to.span = Span<T>(to.logits, part.size);
+            }
+            to.left_out_here = chip.place_of(to.span, part.index_of(row.left_out));
+        }
+        chip.announce(to.logits, to.span, params.announced);
+        if (first_lane) shared.prepared[slot] = to;
+    };
 
-    Turns turns(team.number(), team.teams());  // the rows whose tokens are fetched
-    int64_t i = turns.row(), next_i;
+    Turns turns(team.number(), team.teams());  // of the last warp: the rows whose tokens are fetched
     ring.start(p.problem);
     team.barrier();  // of a pair: both have begun
-    fetch_token(0, i);
-    turns.advance();
-    fetch_token(1, next_i = turns.row());
-    commit_copies();
-    wait_copies<0>();
+    if (last_warp) {
+        const int first = turns.row();
+        fetch_token(0, first);
+        turns.advance();
+        fetch_token(1, turns.row());
+        commit_copies();
+        wait_copies<0>();
+        prepare(0, first);
+    }
     __syncthreads();
-    const T* logits = row_to_read(0, i);
-    chip.fetch(logits, part.size);
+    chip.fetch(in_global(shared.prepared[0].logits), shared.prepared[0].span);
     if (params.normalises) {  // while the first row is on its way
         const float normaliser = normaliser_of(shared.weights, n, p.problem.targets, p.problem.weights);
         if (threadIdx.x == 0) ring.set_denominator(normaliser);
         if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;
     }
     int turn = 0, slot = 0;
-    while (i < n) {
-        const int next_slot = slot == 2 ? 0 : slot + 1, last_slot = slot == 0 ? 2 : slot - 1;
-        Row row(problem.targets, problem.transform, slot, aim(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
-        const int left_out = part.index_of(row.left_out);
+    for (;;) {
+        const Prepared<T, Row>& now = shared.prepared[slot];
+        const int i = now.row;
+        if (i >= n) break;
+        const int next_slot = slot == 2 ? 0 : slot + 1;
+        const T* const logits = in_global(now.logits);
+        Row row(now.z, now.left_out, problem.targets, slot, aim(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         bool near = true;
         uint32_t costly = 0;
+        Online<Sums> mine;
+        float& target = shared.target[turn];
         if (logits) {
-            float& target = shared.target[turn];
             const auto found = [&](float logit) { team.tell(target, logit); };
             row.read_several_targets(logits, p.logprobs.data);
-            const Online<Sums> mine = chip.template sum<Sums>(logits, part.size, left_out, row.z, found, costly);
+            mine = chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, costly);
+        } else {
+            chip.wait_first();
+        }
+        if (last_warp) prepare(next_slot, turns.row());
+        if (logits) {
             const Online<Sums> all = row.gather(mine, shared.row, turn, team);
             row.take_target(target);
             row.see(all);
             near = row.near();
-            if (!near) row.see(row.gather(sum_row<Sums>(logits, part.size, left_out, row.z), shared.row, turn, team));
+            if (!near)
+                row.see(row.gather(sum_row<Sums>(logits, part.size, now.left_out_here.element, row.z), shared.row, turn,
+                                   team));
+            row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
         } else {
-            chip.wait_first();
             __syncthreads();
         }
-        // One barrier ago, at least: all threads see the next token, and none needs the last one's numbers.
-        const T* const next = row_to_read(next_slot, next_i);
-        turns.advance();
-        fetch_token(last_slot, turns.row());
-        chip.announce(next, part.size, params.announced);
-        if (logits) row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
-        if (threadIdx.x == 0 && team.rank() == 0) {
-            row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
+        // One barrier ago, at least: all threads see what is prepared, and none needs the last token's numbers.
+        if (last_warp) {
+            turns.advance();
+            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());
+            if (first_lane && team.rank() == 0) row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
         }
-        T* const grad = row_of(p.grad, i);
+        const Prepared<T, Row>& coming = shared.prepared[next_slot];
+        const T* const next = in_global(coming.logits);
+        T* const grad = in_global(now.grad);
         const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
-        if (!from_slots) chip.fetch(next, part.size);
+        if (!from_slots) chip.fetch(next, coming.span);
         if (idle) {
             zero_row(grad, part.size);
         } else if (from_slots) {
-            const Share<T> span =
-                chip.template map<decltype(row.z)>(logits, grad, part.size, next, row.template dense<Folded>(),
-                                                   row.template dense<Folded, true>(), costly);
-            row.write_targets(grad, span, left_out);
+            chip.template map<decltype(row.z)>(logits, grad, now.span, next, coming.span, row.template dense<Folded>(),
+                                               row.template dense<Folded, true>(), costly);
+            row.write_targets(grad, Owner{now.left_out_here.owner}, now.left_out_here.element);
         } else {
-            row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()), left_out);
+            row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()),
+                              now.left_out_here.element);
         }
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
-        logits = next;
         slot = next_slot;
-        i = next_i;
-        next_i = turns.row();
     }
 }
 
@@ -182,7 +230,13 @@ __global__ void __launch_bounds__(Row::kThreads, 1) stats_kernel(const __grid_co
         if (reads) {
             const T* logits = row_pointer<T>(p.logits, i);
             row.read_targets(logits, target_logits);
-            row.see(row.gather(sum_row<typename Row::Sums>(logits, vocab, row.left_out, row.z), shared, turn));
+            using Sums = typename Row::Sums;
+            bool seen = false;
+            if constexpr (Sums::kMassOnly) {
+                row.see(row.gather(sum_row<Sums, FoldedOnline>(logits, vocab, row.left_out, row.z), shared, turn));
+                seen = row.near();
+            }
+            if (!seen) row.see(row.gather(sum_row<Sums>(logits, vocab, row.left_out, row.z), shared, turn));
         }
         row.keep(p.stats, problem.terms, reads);
     }
@@ -211,7 +265,7 @@ __global__ void __launch_bounds__(Row::kThreads, 1) statistics_kernel(const __gr
 }
 
 template <class T, class Row>
-__global__ void __launch_bounds__(Row::kThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
+__global__ void __launch_bounds__(Row::kGradThreads, 1) grad_kernel(const __grid_constant__ GradParams p) {
     typename Row::Shared& shared = shared_memory<typename Row::Shared>();
     int turn = 0;
     const int vocab = static_cast<int>(p.logits.vocab);

@@ -62,7 +62,7 @@ struct OnChipShape {
 };
 
 constexpr int64_t kVector = sizeof(uint4);
-static_assert(sizeof(OnChipShared<TermsRow<Softcap>::OnChip>) <= (3 << 10),
+static_assert(sizeof(OnChipShared<float, TermsRow<Softcap>::OnChip>) <= (3 << 10),
               "more, and a chunk less has room beside it");
 
 int64_t chunk_bytes(int threads) { return kVector * kSlots * threads; }
@@ -128,8 +128,8 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
     const int64_t rest = (elements * static_cast<int64_t>(sizeof(T)) - bytes) * limits.multiprocessors;
     const int64_t teams =
         rest <= limits.l2_bytes / 8 ? std::min(p.logits.n, at_a_time) : even_grid(p.logits.n, at_a_time);
-    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<typename Row::OnChip>) + bytes, stream,
-          params, s.team);
+    start(on_chip_kernel<T, Row>, teams * s.team, s.threads, sizeof(OnChipShared<T, typename Row::OnChip>) + bytes,
+          stream, params, s.team);
 }
 
 // Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
@@ -180,7 +180,7 @@ void for_type_and_row(DType dtype, bool plain, const Transform& transform, Visit
 // One small block: N is small beside N * V.
 template <class Params>
 void start_sum(void (*kernel)(Params), uintptr_t stream, Params params) {
-    start(kernel, 1, kMaxThreads, sizeof(Partials<double>), stream, params);
+    start(kernel, 1, kMaxThreads, sizeof(Partials<double, 1>), stream, params);
 }
 
 }  // namespace
@@ -192,7 +192,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
             using T = decltype(element);
             using Row = typename decltype(kind)::Row;
             const OnChipShape chip =
-                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<typename Row::OnChip>),
+                on_chip_shape(p.logits, sizeof(T), Row::kThreadsOnChip, sizeof(OnChipShared<T, typename Row::OnChip>),
                               p.problem.targets.single());
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
             if (p.averages) launch(p.normaliser(), stream);
@@ -248,7 +248,7 @@ void launch(const GradParams& p, uintptr_t stream) {
     if (p.logits.n == 0) return;
     for_type_and_row(p.logits.dtype, p.plain, p.transform, [&](auto element, auto kind) {
         using Row = typename decltype(kind)::Row;
-        const Shape s = stream_shape(p.logits, Row::kThreads);
+        const Shape s = stream_shape(p.logits, Row::kGradThreads);
         start(grad_kernel<decltype(element), Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
     });
 }

@@ -29,6 +29,7 @@ namespace fused_losses {
 
 constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in registers at a time
 constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
+static_assert(kSlots == kUnroll, "FoldedOnline sums for both engines");
 
 // As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
 // a thread may have for its share, a fold would make infinities.
@@ -143,8 +144,8 @@ struct Share : Span<T> {
     int whole;  // chunks of which this warp has all its vectors
     int some;   // of which it has some
 
-    __device__ __forceinline__ Share(const T* row, int vocab, int log_step) : Span<T>(row, vocab), step(1 << log_step) {
-        const int warp = threadIdx.x / kWarp * kPiece;
+    __device__ __forceinline__ Share(const Span<T>& span, int log_step) : Span<T>(span), step(1 << log_step) {
+        const int warp = static_cast<int>(threadIdx.x / kWarp) * kPiece;
         first = warp + threadIdx.x % kWarp;
         whole = (this->vectors - warp - kPiece + step) >> log_step;  // not negative: a warp's piece is within a chunk
         some = (this->vectors - warp - 1 + step) >> log_step;
@@ -152,11 +153,11 @@ struct Share : Span<T> {
     __device__ __forceinline__ bool has(int chunk, int u) const {
         return chunk * step + first + u * kWarp < this->vectors;
     }
+};
 
-    __device__ __forceinline__ int owner(int j) const {
-        const int v = this->vector_of(j);
-        return v < 0 ? Span<T>::owner(j) : (v & (step - 1)) / kPiece * kWarp + v % kWarp;
-    }
+// Where an element of a row is: its vector, -1 at an edge, and its thread.
+struct Place {
+    int element, vector, owner;
 };
 
 template <class T>
@@ -166,9 +167,10 @@ class OnChip {
     __device__ __forceinline__ OnChip(uint4* slots, int chunks, int log_step)
         : slots_(slots + threadIdx.x / kWarp * Share<T>::kPiece), chunks_(chunks), log_step_(log_step) {}
 
-    // Begins to copy a row, which may be none, into slots that no thread of the warp needs any more.
-    __device__ __forceinline__ void fetch(const T* row, int vocab) const {
-        const Share<T> share = share_of(row, vocab);
+    // Begins to copy a row, which may be none, into slots that no thread of the warp needs any more. span: the row's;
+    // of none, empty.
+    __device__ __forceinline__ void fetch(const T* row, const Span<T>& span) const {
+        const Share<T> share = share_of(span);
         const uint4* const from = vectors_of(row, share);
         uint4* const slots = slots_of(row, share);
         for (int c = 0; c < chunks_; ++c) copy_chunk(share, from, slots, c);
@@ -180,30 +182,45 @@ class OnChip {
     __device__ __forceinline__ void wait_first() const { wait_copies<kGroups - 1>(); }
 
     // Brings the beginning of a row to L2 while the slots are still in use: memory has work while a row's end is
-    // reduced.
-    __device__ __forceinline__ void announce(const T* row, int vocab, int vectors) const {
-        const Share<T> share = share_of(row, vocab);
-        prefetch(row + share.head, 16 * min_of(vectors, share.vectors));
+    // reduced. By a warp.
+    static __device__ __forceinline__ void announce(const T* row, const Span<T>& span, int vectors) {
+        prefetch(row + span.head, 16 * min_of(vectors, span.vectors));
     }
 
-    // This thread's share of the row that was fetched last, without element left_out, or all of it where that is -1.
-    // Who owns that element calls found with its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
+    // Of element j of a row; none: -1.
+    __device__ __forceinline__ Place place_of(const Span<T>& span, int j) const {
+        if (j < 0) return {-1, -1, -1};
+        const int v = span.vector_of(j);
+        if (v < 0) return {j, v, j < span.head ? j : j - span.vectors * kWidth<T>};
+        return {j, v, (v & ((1 << log_step_) - 1)) / Share<T>::kPiece * kWarp + v % kWarp};
+    }
+
+    // This thread's share of the row that was fetched last, without the element left_out, or all of it where there is
+    // none. Its owner calls found with its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
     template <class Sums, class Z, class Found>
-    __device__ __forceinline__ Online<Sums> sum(const T* row, int vocab, int left_out, const Z& z, const Found& found,
-                                                uint32_t& costly) const {
-        const Share<T> share = share_of(row, vocab);
-        const int thread = threadIdx.x, left_out_vector = share.vector_of(left_out);
-        const bool owns = left_out >= 0 && thread == share.owner(left_out);
-        const bool near = left_out_vector >= 0 && thread / kWarp == share.owner(left_out) / kWarp;
-        const int apart = near ? left_out_vector >> log_step_ : -1;  // the chunk in which this warp takes care
-        const int edge = thread < share.edges ? share.edge(thread) : -1;
-        const float of_edge = edge >= 0 ? to_float(row[edge]) : 0.f;  // on its way while vectors are summed
+    __device__ __forceinline__ Online<Sums> sum(const T* row, const Span<T>& span, const Place& left_out, const Z& z,
+                                                const Found& found, uint32_t& costly) const {
+        const Share<T> share = share_of(span);
+        const unsigned thread = threadIdx.x;
+        const bool owns = static_cast<int>(thread) == left_out.owner;
+        const bool near = left_out.vector >= 0 && static_cast<unsigned>(left_out.owner) / kWarp == thread / kWarp;
+        int apart = near ? left_out.vector >> log_step_ : -1;  // the chunk in which this warp takes care
+        const bool owns_edge = owns && left_out.vector < 0;
+        const bool on_edge = static_cast<int>(thread) < share.edges;
+        const float of_edge = on_edge ? to_float(row[share.edge(thread)]) : 0.f;  // on its way while vectors are summed
         const uint4* const rest = vectors_of(row, share);
-        const uint4* const slots = slots_of(row, share);
+        uint4* const slots = slots_of(row, share);
         FoldedOnline<Sums, Z> acc(z);
+        // Where -inf adds nothing, it takes the element's place in its slot, and the vector is one like all others.
+        const bool takes = Sums::kMassOnly && near && apart < chunks_;
+        const int skipped = takes ? -1 : left_out.vector;
+        const auto slot_of_it = [&] {
+            return slots + place(left_out.vector >> log_step_, static_cast<unsigned>(left_out.vector) / kWarp % kSlots);
+        };
+        const auto place_in_it = [&] { return static_cast<unsigned>(left_out.element - share.head) % kWidth<T>; };
 
         // Chunks c to end - 1. read: the vector in slot u; done: with the chunk.
-        const auto walk = [&](int c, int end, auto read, auto done) {
+        const auto walk = [&](int c, int end, auto read, auto done, auto take) {
             while (c < end) {
                 uint4 raw[kSlots];
                 const int stop = min_of(end, c <= apart ? apart : share.whole);
@@ -217,9 +234,10 @@ class OnChip {
                     done();
                 }
                 if (c == end) break;
+                if (take(c)) continue;
                 if (Z::kCostly && c < kBits) costly |= 1u << c;
                 const auto inside = [&](int u) {
-                    return share.has(c, u) && c * share.step + share.first + u * kWarp != left_out_vector;
+                    return share.has(c, u) && c * share.step + share.first + u * kWarp != skipped;
                 };
                 read(c, raw, inside);
                 acc.template add<T>(raw, inside);
@@ -235,7 +253,14 @@ class OnChip {
 #pragma unroll
                 for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slots + place(c, u)) : uint4{};
             },
-            [] { commit_copies(); });
+            [] { commit_copies(); },
+            [&](int c) {
+                if (!takes || c != apart) return false;
+                wait_copies<kGroups - 1>();
+                if (owns) found(to_float(exchange_in_slot(slot_of_it(), place_in_it(), lowest<T>())));
+                apart = -1;
+                return true;
+            });
         walk(
             chunks_, share.some,
             [&](int c, uint4(&raw)[kSlots], auto inside) {
@@ -243,32 +268,33 @@ class OnChip {
                 for (int u = 0; u < kSlots; ++u)
                     raw[u] = inside(u) ? load_kept(rest + c * share.step + u * kWarp) : uint4{};
             },
-            [] {});
-        if (edge >= 0 && edge != left_out) acc.add(of_edge);
-        if (owns) {
-            const int c = left_out_vector >> log_step_, u = left_out_vector % Share<T>::kPiece / kWarp;
-            found(left_out_vector < 0
-                      ? of_edge
-                      : acc.template add_without<T>(
-                            c < chunks_ ? read_slot(slots + place(c, u)) : load_kept(rest + c * share.step + u * kWarp),
-                            (left_out - share.head) % kWidth<T>));
+            [] {}, [](int) { return false; });
+        if (on_edge && !owns_edge) acc.add(of_edge);
+        if (owns && !takes) {
+            const auto read = [&] {
+                return !Sums::kMassOnly && left_out.vector >> log_step_ < chunks_
+                           ? read_slot(slot_of_it())
+                           : load_kept(rest + (left_out.vector - share.first));
+            };
+            found(owns_edge ? of_edge : acc.template add_without<T>(read(), place_in_it()));
         }
         return acc.all();
     }
 
     // out_j = f(in_j), out of the slots, and the next row, which may be none, into them. in and out have the same phase
-    // and may be the same.
+    // and may be the same. span, next_span: of in and of next.
     // cheap: f in the chunks that are cheap to Z.
     template <class Z, class F, class Cheap>
-    __device__ __forceinline__ Share<T> map(const T* in, T* out, int vocab, const T* next, const F& f,
-                                            const Cheap& cheap, uint32_t costly) const {
+    __device__ __forceinline__ void map(const T* in, T* out, const Span<T>& span, const T* next,
+                                        const Span<T>& next_span, const F& f, const Cheap& cheap,
+                                        uint32_t costly) const {
         const auto is_cheap = [&](int c) { return !Z::kCostly || (c < kBits && !(costly >> c & 1)); };
-        const Share<T> share = share_of(out, vocab);
+        const Share<T> share = share_of(span);
         if (static_cast<int>(threadIdx.x) < share.edges) {
             const int edge = share.edge(threadIdx.x);
             assign(out[edge], f(to_float(in[edge])));
         }
-        const Share<T> coming = share_of(next, vocab);
+        const Share<T> coming = share_of(next_span);
         uint4* const to = const_cast<uint4*>(vectors_of(out, share));
         // Backwards, and before what is on chip: what was read last L2 still has.
         const uint4* const rest = vectors_of(in, share);
@@ -279,7 +305,7 @@ class OnChip {
             if (c < share.whole && is_cheap(c))
                 map_chunk(read, to + c * share.step, cheap, all);
             else
-                map_chunk(read, to + c * share.step, f, inside);
+                map_end<Z>(read, to + c * share.step, f, inside);
         }
         const uint4* const from = vectors_of(next, coming);
         const uint4* const slots = slots_of(in, share);
@@ -297,12 +323,15 @@ class OnChip {
                 commit_copies();
             }
             if (c == chunks_) break;
-            map_slots(slots, c, to + c * share.step, f, [&](int u) { return share.has(c, u); });
+            map_end<Z>([&](int u) { return read_slot(slots + place(c, u)); }, to + c * share.step, f,
+                       [&](int u) { return share.has(c, u); });
             __syncwarp();
-            copy_chunk(coming, from, next_slots, c);
+#pragma unroll 1
+            for (int u = 0; u < kSlots; ++u)
+                if (coming.has(c, u)) copy_async(next_slots + place(c, u), from + c * coming.step + u * kWarp);
+            commit_copies();
         }
         fill_groups();
-        return share;
     }
 
   private:
@@ -312,10 +341,7 @@ class OnChip {
 
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
 
-    // Of no row, none.
-    __device__ __forceinline__ Share<T> share_of(const T* row, int vocab) const {
-        return {row, row ? vocab : 0, log_step_};
-    }
+    __device__ __forceinline__ Share<T> share_of(const Span<T>& span) const { return {span, log_step_}; }
     // This thread's, from the first chunk on.
     static __device__ __forceinline__ const uint4* vectors_of(const T* row, const Share<T>& share) {
         return reinterpret_cast<const uint4*>(row + share.head) + share.first;
@@ -333,25 +359,40 @@ class OnChip {
             if (share.has(c, u)) copy_async(slots + place(c, u), from + c * share.step + u * kWarp);
         commit_copies();
     }
+    // One for each chunk that a row could have and has not.
     __device__ __forceinline__ void fill_groups() const {
-#pragma unroll 1
-        for (int c = chunks_; c < kGroups; ++c) commit_copies();
+        static_assert(kGroups < 16, "four bits");
+        commit_nothing(kGroups - chunks_);
     }
 
+    // Of a chunk that a warp has not all of, or that is costly. Most rows have one of the former at most: vector by
+    // vector, what it would take beside them is not formed before the others.
+    template <class Z, class Read, class F, class Inside>
+    static __device__ __forceinline__ void map_end(Read read, uint4* to, const F& f, Inside inside) {
+        if constexpr (Z::kCostly) {
+            map_chunk(read, to, f, inside);
+        } else {
+#pragma unroll 1
+            for (int u = 0; u < kSlots; ++u)
+                if (inside(u)) store_streaming(to + u * kWarp, mapped(read(u), f));
+        }
+    }
+    template <class F>
+    static __device__ __forceinline__ uint4 mapped(const uint4& vector, const F& f) {
+        float x[kWidth<T>];
+        unpack<T>(vector, x);
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+        return pack<T>(x);
+    }
     template <class Read, class F, class Inside>
     static __device__ __forceinline__ void map_chunk(Read read, uint4* to, const F& f, Inside inside) {
         uint4 raw[kSlots];
 #pragma unroll
         for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read(u) : uint4{};
 #pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(raw[u], x);
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
-            store_streaming(to + u * kWarp, pack<T>(x));
-        }
+        for (int u = 0; u < kSlots; ++u)
+            if (inside(u)) store_streaming(to + u * kWarp, mapped(raw[u], f));
     }
     template <class F, class Inside>
     __device__ __forceinline__ void map_slots(const uint4* slots, int c, uint4* to, const F& f, Inside inside) const {

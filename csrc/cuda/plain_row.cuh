@@ -12,7 +12,7 @@ class PlainRow {
     static constexpr bool kStatistics = false;
     using Sums = Sum;
     using Shared = Partials<Online<Sum>>;
-    static constexpr int kThreads = kMaxThreads;
+    static constexpr int kThreads = kMaxThreads, kGradThreads = kMaxThreads;
     static constexpr int kThreadsOnChip = 768;
 
     const Identity z;
@@ -22,10 +22,13 @@ class PlainRow {
     template <class Aims, class PerToken>
     __device__ __forceinline__ PlainRow(const Aims& targets, const TransformOf<PerToken>& transform, int64_t token,
                                         int64_t, int64_t row, int vocab, const float*, int64_t)
-        : z(Identity::of(0.f, transform.inverse_temperature(token))),
-          left_out(target_index(targets, token, vocab)),
-          token_(token),
-          row_(row) {}
+        : PlainRow(Identity::of(0.f, transform.inverse_temperature(token)), target_index(targets, token, vocab),
+                   targets, token, token, row, vocab, nullptr, 0) {}
+    // Whose z and left_out are known.
+    template <class Aims>
+    __device__ __forceinline__ PlainRow(const Identity& z_, int left_out_, const Aims&, int64_t token, int64_t,
+                                        int64_t row, int, const float*, int64_t)
+        : z(z_), left_out(left_out_), token_(token), row_(row) {}
 
     template <class T>
     __device__ __forceinline__ void read_targets(const T* logits, float*) {
@@ -42,7 +45,7 @@ class PlainRow {
                                                   const Team& team = Team()) const {
         const Identity by = z;
         return team_reduce(team, shared, turn, mine, Online<Sum>{},
-                           [by](const Online<Sum>& x) { return warp_sum(x, by); });
+                           [by](const Online<Sum>& x, bool few) { return warp_sum(x, by, few); });
     }
     __device__ __forceinline__ void see(const Online<Sum>& all) {
         sum_ = all.sums.sum;
@@ -98,7 +101,7 @@ class PlainRow {
     template <template <class> class Exponent, bool kCheap = false>
     __device__ __forceinline__ auto dense() const {
         const Exponent<Identity> exponent(z, raw_top());
-        const float factor = z.scale * dense_gradient(by(), 1.f, softmax_).constant * exponent.correction();
+        const float factor = z.scale * (-loss_.by.g * reciprocal_approx(softmax_.total)) * exponent.correction();
         return [=](float x) { return factor * exp2_approx(exponent(x)); };
     }
 

@@ -47,10 +47,10 @@ __device__ __forceinline__ float distance_from(float maximum, float logit, const
     return target_distance(z.level(logit), z.level(maximum), z.scale);
 }
 
-// A row without mass, and one whose maximum is a mask, are not.
+// A row without mass, one that holds a NaN, and one whose maximum is a mask, are not.
 template <class Z>
 __device__ __forceinline__ bool all_near(const Z& z, float sum, float maximum, float top) {
-    return sum != 0.f && Folded<Z>(z, maximum).near() && Folded<Z>(z, top).near();
+    return (sum > 0.f) & Folded<Z>(z, maximum).near() & Folded<Z>(z, top).near();
 }
 
 }  // namespace fused_losses

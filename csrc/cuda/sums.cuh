@@ -66,7 +66,8 @@ class FoldedIfNear {
 // ---- The sums -------------------------------------------------------------------------------------------------------
 
 struct Sum {
-    float sum = 0.f;  // of e_j
+    static constexpr bool kMassOnly = true;  // whether an element of -inf adds nothing
+    float sum = 0.f;                         // of e_j
 
     // exponent: the old top's, above the new one. factor: 2^exponent
     __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
@@ -79,6 +80,7 @@ struct Sum {
 
 // What losses with terms need beside the sum. All summands have one sign: nothing cancels.
 struct Moments {
+    static constexpr bool kMassOnly = false;
     float sum = 0.f;
     float moment = 0.f;  // of e_j log2(e_j)
     float drift = 0.f;   // of log2(e_j); -inf if a level is

@@ -21,7 +21,9 @@ struct TargetSums {
     }
 };
 
-__device__ __forceinline__ TargetSums warp_sum(const TargetSums& x) { return {warp_sum(x.logp), warp_sum(x.whole)}; }
+__device__ __forceinline__ TargetSums warp_sum(const TargetSums& x, bool few) {
+    return {warp_sum(x.logp, few), warp_sum(x.whole, few)};
+}
 
 // Several targets are dealt out, target k to thread k modulo blockDim.x: what it keeps for a target only that thread
 // reads. Their logits are in a table: of the stats, or in one pass of the logprobs, until the gradient, which may
@@ -33,7 +35,7 @@ class TermsRow {
     static constexpr bool kSingle = false;  // whether a token always has one target
     static constexpr bool kStatistics = std::is_same<Summed, MomentsAndSquares>::value;
     using Sums = Summed;
-    static constexpr int kThreads = Z::kThreads;
+    static constexpr int kThreads = Z::kThreads, kGradThreads = Z::kGradThreads;
     static constexpr int kThreadsOnChip = 512;
 
     struct Shared {
@@ -48,8 +50,14 @@ class TermsRow {
     template <class PerToken>
     __device__ __forceinline__ TermsRow(const Aims& targets, const TransformOf<PerToken>& transform, int64_t token,
                                         int64_t aim, int64_t row, int vocab, const float* logits, int64_t n)
-        : z(Z::of(transform.softcap, transform.inverse_temperature(token))),
-          left_out(targets.single() ? target_index(targets, aim, vocab) : -1),
+        : TermsRow(Z::of(transform.softcap, transform.inverse_temperature(token)),
+                   targets.single() ? target_index(targets, aim, vocab) : -1, targets, token, aim, row, vocab, logits,
+                   n) {}
+    // Whose z and left_out are known.
+    __device__ __forceinline__ TermsRow(const Z& z_, int left_out_, const Aims& targets, int64_t token, int64_t aim,
+                                        int64_t row, int vocab, const float* logits, int64_t n)
+        : z(z_),
+          left_out(left_out_),
           targets_(targets),
           logits_(logits + row),
           token_(token),
@@ -78,7 +86,7 @@ class TermsRow {
                                                    const Team& team = Team()) const {
         const Z by = z;
         return team_reduce(team, shared.elements, turn, mine, Online<Sums>{},
-                           [&](const Online<Sums>& x) { return warp_sum(x, by); });
+                           [&](const Online<Sums>& x, bool few) { return warp_sum(x, by, few); });
     }
     __device__ __forceinline__ void see(const Online<Sums>& all) {
         sum_ = all.sums.sum;
@@ -247,7 +255,7 @@ class TermsRow {
     __device__ __forceinline__ void sum_targets(Shared& shared, int& turn) {
         sums_ = single() ? sum_targets(0, 1)
                          : block_reduce(shared.targets, turn, sum_targets(threadIdx.x, blockDim.x), TargetSums{},
-                                        [](const TargetSums& x) { return warp_sum(x); });
+                                        [](const TargetSums& x, bool few) { return warp_sum(x, few); });
     }
     template <class Problem>
     __device__ __forceinline__ void evaluate_sums(const Problem& problem, float denominator) {

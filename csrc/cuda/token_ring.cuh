@@ -97,22 +97,23 @@ class TokenRing {
     // By one thread; a barrier must follow.
     __device__ __forceinline__ void set_denominator(float denominator) { set(problem.denominator, denominator); }
 
-    // Begins to copy what token i has: what is there now nobody may need any more. A thread that waits for its next
-    // group of copies has waited for these, too; the others see them after a barrier.
+    // By a warp: begins to copy what token i has; what is there now nobody may need any more. A lane that waits for its
+    // next group of copies has waited for these, too; its warp sees them after a __syncwarp, others after a barrier.
     __device__ __forceinline__ void fetch(int slot, int64_t i) {
-        const int thread = threadIdx.x;
-        if (thread < kColumns) {
-            const Source& source = sources_[thread];
+        const int lane = threadIdx.x % 32;
+        if (lane < kColumns) {
+            const Source& source = sources_[lane];
             if (source.data) copy_async(source.to->numbers + slot, source.data + i * source.stride);
-        } else if (thread == kColumns && problem.targets.single()) {
+        } else if (lane == kColumns && problem.targets.single()) {
             problem.targets.fetch(slot, i);
-        } else if (thread == kColumns + 1 && problem.targets.single()) {
+        } else if (lane == kColumns + 1 && problem.targets.single()) {
             problem.targets.fetch_share(slot, i);
         }
     }
 
   private:
     static constexpr int kColumns = kMaxInputs + 7;
+    static_assert(kColumns + 2 <= 32, "numbers without a lane");
     static_assert(sizeof(Terms) == 5 * sizeof(Column) + 16, "all columns are named above");
 
     struct Source {

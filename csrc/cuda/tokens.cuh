@@ -10,7 +10,7 @@ namespace fused_losses {
 // time, of which those beyond the end are its first one's again: with a test before each load, each would wait for the
 // one before.
 template <class Value>
-__device__ __forceinline__ double sum_rows(Partials<double>& shared, int64_t n, Value value) {
+__device__ __forceinline__ double sum_rows(Partials<double, 1>& shared, int64_t n, Value value) {
     constexpr int kTogether = 8;
     const int64_t step = blockDim.x;
     double sum = 0.0;
@@ -25,12 +25,12 @@ __device__ __forceinline__ double sum_rows(Partials<double>& shared, int64_t n, 
         for (int u = 0; u < kTogether; ++u) sum += first + u * step < n ? numbers[u] : 0.f;
     }
     int turn = 0;
-    return block_reduce(shared, turn, sum, 0.0, [](double x) { return warp_sum(x); });
+    return block_reduce(shared, turn, sum, 0.0, [](double x, bool few) { return warp_sum(x, few); });
 }
 
 // Of single targets without a loop over them, and by their type, for the same reason.
 template <class Index>
-__device__ __forceinline__ double sum_weights(Partials<double>& shared, int64_t n, const Targets& targets,
+__device__ __forceinline__ double sum_weights(Partials<double, 1>& shared, int64_t n, const Targets& targets,
                                               const Column& weights) {
     const Index* const of_token = static_cast<const Index*>(targets.data);
     const int64_t ignore_index = targets.ignore_index;
@@ -39,7 +39,7 @@ __device__ __forceinline__ double sum_weights(Partials<double>& shared, int64_t 
         return of_token[row] == ignore_index ? 0.f : weight;
     });
 }
-__device__ __forceinline__ float normaliser_of(Partials<double>& shared, int64_t n, const Targets& targets,
+__device__ __forceinline__ float normaliser_of(Partials<double, 1>& shared, int64_t n, const Targets& targets,
                                                const Column& weights) {
     double sum;
     if (!targets.single())
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kRowThreads) objective_kernel(const __grid_con
 }
 
 __global__ void __launch_bounds__(kMaxThreads) normaliser_kernel(const __grid_constant__ NormaliserParams p) {
-    const float normaliser = normaliser_of(shared_memory<Partials<double>>(), p.n, p.targets, p.weights);
+    const float normaliser = normaliser_of(shared_memory<Partials<double, 1>>(), p.n, p.targets, p.weights);
     if (threadIdx.x == 0) *p.normaliser = normaliser;
 }
 
@@ -87,7 +87,7 @@ struct TotalParams {
 
 __global__ void __launch_bounds__(kMaxThreads) total_kernel(const __grid_constant__ TotalParams p) {
     const double total =
-        sum_rows(shared_memory<Partials<double>>(), p.n, [&](int64_t row) { return p.row_losses[row]; });
+        sum_rows(shared_memory<Partials<double, 1>>(), p.n, [&](int64_t row) { return p.row_losses[row]; });
     if (threadIdx.x == 0) *p.loss = reduced_loss(total, p.denominator.at(0));
 }
 

@@ -33,6 +33,7 @@ struct Span {
     int vectors;
     int edges;
 
+    __device__ __forceinline__ Span() : head(0), vectors(0), edges(0) {}  // of no row
     // Vectors aligned in `row`.
     __device__ __forceinline__ Span(const T* row, int vocab) {
         const int to_boundary = static_cast<int>((0 - reinterpret_cast<uintptr_t>(row)) % 16 / sizeof(T));
@@ -66,50 +67,66 @@ struct Span {
 
 // ---- Sweep 1: maximum and sums ------------------------------------------------------------------------------------
 
-// Adds the vectors u * blockDim.x, u < kUnroll, for which inside(u). One rescale per call, not per element: ex2 is what
-// a sweep has least of (16 per clock and SM). Summed in three levels, within a vector, a chunk and the row, so that
-// rounding grows with none of them alone.
-template <class T, class Sums, class Z, class Inside>
-__device__ __forceinline__ void add_chunk(Online<Sums>& acc, const uint4* vectors, const Z& z, Inside inside) {
-    uint4 raw[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-        raw[u] = inside(u) ? load(vectors + u * blockDim.x) : uint4{};  // left unset, it would stay live over rows
-    PackedMax<T> max;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-        if (inside(u)) max.add(raw[u]);
-    const float top = acc.rescale(max.with(acc.max), z);
-    Sums chunk;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-        if (!inside(u)) continue;
-        float x[kWidth<T>];
-        unpack<T>(raw[u], x);
-        Sums sums;
-#pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(z.exponent(z.level(x[i]) - top));
-        chunk += sums;
-    }
-    acc.sums += chunk;
-}
+// A thread's sums over what it is given, wherever that lies: exponents are Distances.
+template <class Sums, class Z>
+class DistantOnline {
+  public:
+    __device__ __forceinline__ explicit DistantOnline(const Z& z) : z_(z) {}
 
-// This thread's share of the row without element left_out, or of all of it where that is -1.
+    // The vectors u for which inside(u). One rescale per call, not per element: ex2 is what a sweep has least of (16
+    // per clock and SM). Summed in three levels, within a vector, a chunk and the row, so that rounding grows with none
+    // of them alone.
+    template <class T, class Inside>
+    __device__ __forceinline__ void add(const uint4 (&vectors)[kUnroll], Inside inside) {
+        PackedMax<T> max;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+            if (inside(u)) max.add(vectors[u]);
+        const float top = online_.rescale(max.with(online_.max), z_);
+        Sums chunk;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            if (!inside(u)) continue;
+            float x[kWidth<T>];
+            unpack<T>(vectors[u], x);
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(z_.exponent(z_.level(x[i]) - top));
+            chunk += sums;
+        }
+        online_.sums += chunk;
+    }
+    __device__ __forceinline__ void add(float x) { online_.add(x, z_); }
+    __device__ __forceinline__ Online<Sums> all() const { return online_; }
+
+  private:
+    const Z z_;
+    Online<Sums> online_;
+};
+
+// This thread's share of the row without element left_out, or of all of it where that is -1. Adds: DistantOnline, or
+// another that does for the row.
 //
 // No comparison per element: all threads go through the chunk with the left-out element as through the last one, vector
 // by vector, and leave out its vector. What else is in that goes to one thread each, as the edges do.
-template <class Sums, class T, class Z>
+template <class Sums, template <class, class> class Adds = DistantOnline, class T, class Z>
 __device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, int left_out, const Z& z) {
     const Span<T> span(row, vocab);
     const int thread = threadIdx.x, step = kUnroll * blockDim.x, left_out_vector = span.vector_of(left_out);
     const uint4* vectors = reinterpret_cast<const uint4*>(row + span.head);
-    Online<Sums> acc;
+    Adds<Sums, Z> acc(z);
+    const auto add = [&](int v, auto inside) {
+        uint4 raw[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+            raw[u] = inside(u) ? load(vectors + v + u * blockDim.x) : uint4{};  // unset, it would stay live over rows
+        acc.template add<T>(raw, inside);
+    };
     int v = thread;
     for (int stop = left_out_vector < 0 ? span.vectors : left_out_vector; v - thread < span.vectors;
          v += step, stop = span.vectors) {
-        for (const int last = stop - step + thread; v <= last; v += step)
-            add_chunk<T>(acc, vectors + v, z, [](int) { return true; });
-        add_chunk<T>(acc, vectors + v, z, [&](int u) {
+        for (const int last = stop - step + thread; v <= last; v += step) add(v, [](int) { return true; });
+        add(v, [&](int u) {
             const int at = v + u * static_cast<int>(blockDim.x);
             return at < span.vectors && at != left_out_vector;
         });
@@ -119,9 +136,9 @@ __device__ __forceinline__ Online<Sums> sum_row(const T* row, int vocab, int lef
     const int beside = thread - span.edges;
     if (beside < (left_out_vector < 0 ? 0 : kWidth<T>)) {
         const int j = beside < 0 ? span.edge(thread) : span.head + left_out_vector * kWidth<T> + beside;
-        if (j != left_out) acc.add(to_float(row[j]), z);
+        if (j != left_out) acc.add(to_float(row[j]));
     }
-    return acc;
+    return acc.all();
 }
 
 // ---- Sweep 2: out_j = f(in_j) -------------------------------------------------------------------------------------

@@ -35,6 +35,13 @@ __device__ __forceinline__ void assign(T& to, float x) {
 }
 
 template <class T>
+__device__ __forceinline__ T lowest() {
+    T x;
+    assign(x, -INFINITY);
+    return x;
+}
+
+template <class T>
 constexpr int kWidth = 16 / sizeof(T);  // elements per vector
 
 template <class T>

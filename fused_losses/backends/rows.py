@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -53,18 +55,50 @@ def as_matrix(logits: Tensor) -> Tensor:
     return logits.as_strided(shape, (outer_stride, inner_stride, 1))
 
 
+_PHASE = 16  # bytes: what the CUDA kernels read and write at a time
+IN_PHASE = {"cuda"}  # device types whose kernels are slower where a gradient's rows begin elsewhere in 16 bytes
+
+
+def empty_gradient(logits: Tensor, aligned: bool) -> Tensor:
+    """Uninitialised: contiguous, unless its rows then began elsewhere in 16 bytes than the logits' do, as of a strided
+    view with an odd V. Then they lie as close together as they fit; it takes a vector per step more, at most.
+
+    aligned: from a 16-byte boundary on, wherever the logits begin, as a compiler takes for granted.
+    """
+    in_phase = logits.device.type in IN_PHASE and rows(logits) is not None  # what can't be walked is copied
+    skip = logits.data_ptr() % _PHASE // logits.element_size() if in_phase and not aligned else 0
+    if not in_phase or (skip == 0 and logits.is_contiguous()):
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    unit = _PHASE // logits.element_size()
+    extent, strides = logits.shape[-1], [1] * logits.dim()
+    for i in _by_stride(logits, range(logits.dim() - 1)):
+        extent = extent + (logits.stride(i) - extent) % unit
+        strides[i] = extent
+        extent = extent * logits.shape[i]
+    if skip == 0:
+        return logits.new_empty_strided(logits.shape, strides)
+    return logits.new_empty(skip + extent).as_strided(logits.shape, strides, skip)
+
+
 def overlap(logits: Tensor) -> bool:
     """Whether two elements share memory (expanded or overlapping rows), so that writing in place is not defined."""
-    # sorted by hand: torch.compile does not sort strides that are symbolic
-    left = [(stride, size) for stride, size in zip(logits.stride(), logits.shape, strict=True) if size > 1]
     extent = 1
-    while left:
-        nearest = 0
-        for i in range(1, len(left)):
-            if left[i][0] < left[nearest][0]:
-                nearest = i
-        stride, size = left.pop(nearest)
-        if stride < extent:
+    for i in _by_stride(logits, range(logits.dim())):
+        if logits.stride(i) < extent:
             return True
-        extent += stride * (size - 1)
+        extent += logits.stride(i) * (logits.shape[i] - 1)
     return False
+
+
+def _by_stride(logits: Tensor, dimensions: Iterable[int]) -> list[int]:
+    """Those of several elements, the nearest first."""
+    left = [i for i in dimensions if logits.shape[i] > 1]
+    out = []
+    while left:  # sorted by hand: torch.compile does not sort strides that are symbolic
+        nearest = left[-1]
+        for i in reversed(left):
+            if logits.stride(i) < logits.stride(nearest):
+                nearest = i
+        left.remove(nearest)
+        out.append(nearest)
+    return out

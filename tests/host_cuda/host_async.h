@@ -116,17 +116,29 @@ void copy_async(Number* shared, const Number* global) {
     host_cuda::copies.ask(shared, global, sizeof(Number));
 }
 inline void commit_copies() { host_cuda::copies.commit(); }
+inline void commit_nothing(int some) {
+    for (int i = 0; i < (some & 15); ++i) commit_copies();
+}
 template <int kPending>
 void wait_copies() {
     host_cuda::copies.wait(kPending);
 }
 inline uint4 read_slot(const uint4* slot) { return host_cuda::copies.read(slot); }
 
+template <class T>
+T exchange_in_slot(uint4* slot, int i, T other) {
+    host_cuda::copies.read(slot);
+    T there;
+    memcpy(&there, reinterpret_cast<char*>(slot) + i * sizeof(T), sizeof(T));
+    memcpy(reinterpret_cast<char*>(slot) + i * sizeof(T), &other, sizeof(T));
+    return there;
+}
+
 // A hint, but of what may be read, and aligned.
 inline void prefetch(const void* from, int bytes) {
     if (bytes > 0 && (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)) host_cuda::fail("a misaligned prefetch");
     const volatile char* bytes_of = static_cast<const volatile char*>(from);
-    for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += static_cast<int>(blockDim.x) * 16) (void)bytes_of[i];
+    for (int i = static_cast<int>(threadIdx.x % 32) * 16; i < bytes; i += 32 * 16) (void)bytes_of[i];
 }
 
 }  // namespace fused_losses

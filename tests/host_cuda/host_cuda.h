@@ -274,6 +274,24 @@ inline int __any_sync(unsigned mask, int predicate) {
     return predicate;
 }
 
+inline int __reduce_max_sync(unsigned mask, int value) {
+    for (int lane = host_cuda::kWarp / 2; lane > 0; lane /= 2) {
+        const int other = __shfl_xor_sync(mask, value, lane);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
+inline float __int_as_float(int bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline int __float_as_int(float x) {
+    int bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -355,6 +373,11 @@ inline uint32_t min_bfloat16x2(uint32_t a, uint32_t b) {
 inline uint32_t min_float16x2(uint32_t a, uint32_t b) {
     const float2 x = from_float16x2(a), y = from_float16x2(b);
     return to_float16x2(fminf(x.x, y.x), fminf(x.y, y.y));
+}
+
+template <class T>
+T* in_global(T* p) {
+    return p;
 }
 
 template <class S>
