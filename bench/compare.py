@@ -94,7 +94,7 @@ def tables(before: str, after: str, results: Path = RESULTS) -> list[str]:
         here = [where(records, device=device, threads=threads, status=("ok", "inexact")) for records in (old, new)]
         pairs = paired(here, key=lambda r: tuple(r[k] for k in KEY))
         fused = [p for p in pairs if p[1]["contender"].startswith("fused")]
-        timed = [p for p in fused if p[1]["mode"] in MODES or p[1]["group"] == "statistics"]
+        timed = [p for p in fused if p[1]["mode"] in MODES or p[1]["group"] in ("statistics", "head", "shard")]
         public = [p for p in pairs if p[1]["group"] == "overhead" and p[1].get("overhead_us")]
         for table, shown in ((times, timed), (overhead, public)):
             if shown:

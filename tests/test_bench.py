@@ -63,7 +63,11 @@ def test_records_say_how_they_were_measured(records: list[dict]) -> None:
         assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
         for field in ("device", "cpu", "threads", "driver", "torch", "triton", "python", "commit", "dirty", "date"):
             assert field in r
-        if r["group"] != "overhead":
+        if r["group"] == "head":
+            assert r["ratio_to_floor"] > 0 and r["peak_bytes"] >= 0
+        elif r["group"] == "shard":
+            assert r["speedup_over_torch"] > 0
+        elif r["group"] != "overhead":
             assert r["ratio_to_copy"] > 0 and r["ratio_to_mul"] > 0
             assert r["peak_bytes"] >= 0
     text = json.dumps(records)

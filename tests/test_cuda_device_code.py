@@ -204,7 +204,7 @@ BUGS = {
     "squares not rescaled": ("cuda/sums.cuh", "        squares *= factor * factor;\n", ""),
     "squares rescaled as the sum": ("cuda/sums.cuh", "squares *= factor * factor;", "squares *= factor;"),
     "squares of a part of the row": ("cuda/sums.cuh", "squares += other.squares;", ""),
-    "squares of one lane": ("cuda/block.cuh", "warp_sum(x.squares)};", "x.squares};"),
+    "squares of one lane": ("cuda/block.cuh", "warp_sum(x.squares, few)};", "x.squares};"),
     "the target's own square left out": ("loss.h", "logf(others + own * own)", "logf(others)"),
     "squares not moved to the target": ("loss.h", "expf(-2.f * softmax.lead) * squares", "squares"),
     "log of 1 + the others' squares": ("loss.h", "own == 1.f ? log1pf(others) :", "false ? log1pf(others) :"),
