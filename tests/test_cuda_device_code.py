@@ -544,7 +544,6 @@ BUGS = {
     ),
     "one place for the targets of all rows": ("cuda/kernels.cuh", "shared.target[turn]", "shared.target[0]"),
     # on chip: the fold
-    "a fold of masks alone": ("cuda/on_chip.cuh", "max_(z.floor(2.f * Folded<Z>::kFar))", "max_(kFloor)"),
     "far rows folded": ("cuda/kernels.cuh", "near = row.near();", "near = true;"),
     "a far target folded": ("cuda/row.cuh", " & Folded<Z>(z, top).near();", ";"),
     "a row without mass folded": ("cuda/row.cuh", "return (sum > 0.f) & ", "return "),

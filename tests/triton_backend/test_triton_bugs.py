@@ -98,7 +98,7 @@ MUTANTS = [
     ("sums.py", "        sum += more\n        moment += more_moment", "        moment += more_moment"),
     ("stats.py", "maximum = sums.peak if ROW.capped", "maximum = sums.maximum if ROW.capped"),
     ("stats.py", "moment = sums.moment * LN2", "moment = sums.moment"),
-    ("stats.py", "drift = sums.drift * LN2", "drift = sums.drift"),
+    ("stats.py", "others) * LN2 if", "others) if"),
     ("stats.py", "read = read & (at(token.weights", "read = read | (at(token.weights"),
     ("softcap.py", "tl.where(u < 0, -far, far)", "far"),
     ("softcap.py", "2.100363933e-2", "2.1e-1"),
@@ -117,7 +117,7 @@ MUTANTS = [
     ("softmax.py", "return tl.where(a == 0, 0.0, tl.where(b == 0, 0.0, a * b))", "return a * b"),
     ("softmax.py", "value *= 1.0 - y * y", "value *= 1.0"),
     ("grad.py", "inverse_t * (1.0 - target_y * target_y) if", "(1.0 - target_y * target_y) if"),
-    ("grad.py", "is_any(outside, ROW)", "is_any(outside & (share == 0), ROW)"),
+    ("grad.py", "is_any(nowhere, ROW)", "is_any(nowhere & (share == 0), ROW)"),
     (
         "grad.py",
         'squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)',
