@@ -110,7 +110,8 @@ def conditions_line(records: list[Record]) -> str:
         parts.append(f"driver {newest['driver']}, CUDA {newest['cuda']}")
     parts.append(f"torch {newest['torch']}, triton {newest['triton']}, Python {newest['python']}")
     changed = " with uncommitted changes" if newest["dirty"] else ""
-    parts.append(f"commit {newest['commit']}{changed}, {newest['date'][:10]}")
+    commits = ", ".join(c for (c,) in distinct(sorted(records, key=lambda r: r["date"], reverse=True), "commit"))
+    parts.append(f"commit {commits}{changed}, {newest['date'][:10]}")
     repeats = " or ".join(str(n) for (n,) in distinct(records, "repeats"))
     parts.append(f"medians of {repeats} interleaved repeats")
     if where(records, status="inexact"):

@@ -26,17 +26,18 @@ def last(records: Iterable[Record]) -> list[Record]:
 
 
 def load(files: Iterable[Path]) -> dict[str, list[Device]]:
-    """{"cpu": [records of a device, ...], "cuda": ...}: per device, number of threads and case the newest file."""
-    newest: dict[tuple[str, str, int], dict[str, tuple[str, Device]]] = {}
+    """{"cpu": [records of a device, ...], "cuda": ...}: per device, number of threads, case and dtype the newest
+    file."""
+    newest: dict[tuple[str, str, int], dict[tuple[str, str], tuple[str, Device]]] = {}
     for path in files:
         records = last(read(path))
         if not records:
             continue
         date = max(r["date"] for r in records)
         cases = newest.setdefault((records[0]["device_type"], records[0]["device"], records[0]["threads"]), {})
-        for (case,) in distinct(records, "case"):
-            if case not in cases or cases[case][0] < date:
-                cases[case] = (date, where(records, case=case))
+        for case, dtype in distinct(records, "case", "dtype"):
+            if (case, dtype) not in cases or cases[case, dtype][0] < date:
+                cases[case, dtype] = (date, where(records, case=case, dtype=dtype))
     devices: dict[str, list[Device]] = {"cpu": [], "cuda": []}
     for (device_type, *_), cases in sorted(newest.items()):
         devices[device_type].append([record for _, records in cases.values() for record in records])

@@ -4,7 +4,7 @@
     python bench/report.py --check    # exit 1 if README.md says something else than the records; writes nothing
 
 A table named NAME goes between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; no number there is typed by hand.
-Of each device and case the newest file of records counts.
+Of each device, case and dtype the newest file of records counts.
 """
 
 from __future__ import annotations
