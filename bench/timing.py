@@ -30,7 +30,8 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2:
         return values[0], values[0], values[0]
     p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return p20, statistics.median(values), p80
+    median = statistics.median(values)
+    return min(p20, median), median, max(p80, median)  # between equal times interpolation may round past them
 
 
 def interleaved(
