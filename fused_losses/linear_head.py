@@ -136,14 +136,23 @@ class LinearHead(Origin):
         self._check_dtypes(hidden, weight, bias)
         buffer = None if self.weight_grad is None else checks.parameter("weight_grad", self.weight_grad)
         self._check_options(weight, buffer)
-        options = {**self._options(), "weight_grad": buffer}
-        if self.vocab_size is not None:
-            part = part_of(self.vocab_start, weight.shape[0], self.vocab_size)
-            options |= dict(zip(("vocab_start", "vocab_size"), part, strict=True))
-        return LinearHead(hidden, weight, bias, **options)  # type: ignore[arg-type]
-
-    def _options(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name not in ("hidden", "weight", "bias")}
+        start, size = self.vocab_start, self.vocab_size
+        if size is not None:
+            start, size = part_of(start, weight.shape[0], size)
+        return LinearHead(
+            hidden,
+            weight,
+            bias,
+            chunk_bytes=self.chunk_bytes,
+            weight_grad_dtype=self.weight_grad_dtype,
+            logits_dtype=self.logits_dtype,
+            weight_grad=buffer,
+            skip_masked=self.skip_masked,
+            group=self.group,
+            vocab_start=start,
+            vocab_size=size,
+            hidden_grad=self.hidden_grad,
+        )
 
     def _check_shapes(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if weight.dim() != 2 or 0 in weight.shape:
@@ -191,6 +200,8 @@ class LinearHead(Origin):
         if self.group is None and self.vocab_size is None:
             if self.vocab_start != 0:
                 raise ValueError(f"vocab_start is of a weight that is sharded over a group, got {self.vocab_start}")
+            if self.hidden_grad == "partial":
+                raise ValueError('hidden_grad="partial" is of a weight that is sharded over a group: give vocab_size')
         elif self.vocab_size is None:
             raise ValueError("vocab_size must be given with group: weight has a part of the classes")
 

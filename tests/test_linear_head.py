@@ -1253,6 +1253,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         "weight_grad is for the gradient of weight",
     ),
     "a part of no group": (lambda: {"vocab_start": 5}, ValueError, "vocab_start"),
+    "a partial gradient of no group": (lambda: {"hidden_grad": "partial"}, ValueError, 'hidden_grad="partial" is of'),
     "hidden_grad": (lambda: {"hidden_grad": "sum"}, ValueError, "hidden_grad must be"),
 }
 
