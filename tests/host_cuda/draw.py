@@ -87,7 +87,7 @@ class Draw:
         self.targets = rng.integers(0, self.vocab, (n, k)).astype(rng.choice([np.int32, np.int64]))
         again = rng.random((n, k)) < 0.3
         self.targets[again] = np.broadcast_to(self.targets[:, :1], (n, k))[again]
-        self.softcap = 0.0 if self.plain else float(rng.choice([0.0, 0.0, 5.0, 30.0]))
+        self.softcap = 0.0 if self.plain else float(rng.choice([0.0, 0.0, 5.0, 30.0, 120.0]))
         self.shares = None
         if k > 1 or (not self.plain and rng.random() < 0.2):
             self.shares = np.float32(rng.normal(0.5, 1, (n, k)) * (rng.random((n, k)) < 0.8))

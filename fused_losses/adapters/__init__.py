@@ -1,0 +1,9 @@
+"""The losses in the slots of trainers: one small module per framework, which is imported only when it is used.
+
+    from fused_losses.adapters import trl
+
+    trl.install()  # and trl.remove()
+
+Each has the framework's exact signatures, gives the numbers of the code that it replaces, and refuses by name what it
+does not support. ``python -m fused_losses.adapters`` runs each framework that is installed beside it.
+"""

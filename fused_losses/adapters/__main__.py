@@ -1,0 +1,54 @@
+"""``python -m fused_losses.adapters [FRAMEWORK ...]``: the slots of installed frameworks, their numbers beside ours.
+
+Exit code 1 if a difference is beyond its tolerance or a slot is not where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import comparison
+from .comparison import FRAMEWORKS
+
+HEAD = f"{'slot':58} {'case':30} {'largest difference':28} {'theirs':>10} {'ours':>10}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_losses.adapters", description=__doc__.split("\n")[0])
+    parser.add_argument("framework", nargs="*", help=f"some of {', '.join(FRAMEWORKS)}; all if none is named")
+    chosen = parser.parse_args().framework or list(FRAMEWORKS)
+    if unknown := [name for name in chosen if name not in FRAMEWORKS]:
+        parser.error(f"framework must be one of {', '.join(FRAMEWORKS)}, got {', '.join(unknown)}")
+    fine = [shown(framework) for framework in chosen]  # all of them, whatever the first says
+    return 0 if all(fine) else 1
+
+
+def shown(framework: str) -> bool:
+    """Prints the framework's table; whether all is within tolerance."""
+    version = comparison.version(framework)
+    try:
+        found = list(comparison.comparisons(framework))
+    except ImportError as error:  # of the framework, or of what it needs
+        if (error.name or "").startswith("fused_losses"):
+            raise
+        print(f"\n{FRAMEWORKS[framework]} {version or ''}: not compared, {error}")
+        return True
+    except RuntimeError as error:
+        print(f"\nFAILED {error}")
+        return False
+    print(f"\n{FRAMEWORKS[framework]} {version or ''}\n{HEAD}")
+    fine = True
+    for each in found:
+        compared = comparison.run(each)
+        within = compared.worst <= each.tolerance
+        fine &= within
+        name = max(compared.differences, key=lambda key: compared.differences[key])
+        theirs, ours = (f"{1e3 * s:.2f} ms" for s in compared.seconds)
+        worst = f"{compared.worst:.1e} {name}{'' if within else ' WRONG'}"
+        print(f"{each.slot:58} {each.case:30} {worst:28} {theirs:>10} {ours:>10}", flush=True)
+    return fine
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Each framework's own code beside ours, as ``python -m fused_losses.adapters`` runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_losses.adapters
+from fused_losses.adapters import comparison
+
+FRAMEWORKS = sorted(path.stem for path in Path(comparison.__file__).parent.glob("comparisons/[!_]*.py"))
+STUBBED = Path(__file__).parent / "stubbed.py"
+
+
+def test_every_adapter_is_compared():
+    adapters = Path(fused_losses.adapters.__file__).parent
+    here = {"__init__", "__main__", "slots", "comparison"}
+    assert sorted({path.stem for path in adapters.glob("*.py")} - here) == FRAMEWORKS
+    assert set(FRAMEWORKS) <= set(comparison.FRAMEWORKS)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_their_numbers(framework):
+    if comparison.version(framework) is None and framework not in ("prime_rl", "nemo_rl"):
+        pytest.skip(f"{comparison.FRAMEWORKS[framework]} is not installed: tests/oracles.txt")
+    done = subprocess.run([sys.executable, str(STUBBED), framework], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.search(r"\d ms +\d", done.stdout), done.stdout + done.stderr[-3000:]
