@@ -3,7 +3,7 @@
 import os as _os
 
 from . import aggregation, reference
-from .compute import ComputeResult, compute, loss_fn
+from .adapters.tinker import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
 from .linear_head import LinearHead
 from .losses import (
