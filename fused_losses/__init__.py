@@ -9,6 +9,9 @@ from .linear_head import LinearHead
 from .losses import (
     cispo,
     cross_entropy,
+    dft,
+    dppo_kl,
+    dppo_tv,
     dro,
     gmpo,
     gspo,
@@ -16,8 +19,10 @@ from .losses import (
     logprobs,
     policy_loss,
     ppo,
+    reinforce,
     sapo,
     statistics,
+    vespo,
 )
 from .objectives import Objective
 from .outputs import Outputs, Statistics
@@ -42,6 +47,9 @@ __all__ = [
     "cispo",
     "compute",
     "cross_entropy",
+    "dft",
+    "dppo_kl",
+    "dppo_tv",
     "dro",
     "gmpo",
     "gspo",
@@ -52,10 +60,12 @@ __all__ = [
     "policy_loss",
     "ppo",
     "reference",
+    "reinforce",
     "sapo",
     "segment_expand",
     "segment_mean",
     "segment_sum",
     "statistics",
     "truncated_importance_weights",
+    "vespo",
 ]
