@@ -48,6 +48,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -68,6 +69,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -88,6 +90,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -107,6 +110,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -141,6 +145,10 @@ def cross_entropy(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -164,7 +172,14 @@ def cross_entropy(
         z_loss,
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -475,6 +490,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -502,6 +518,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -529,6 +546,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -555,6 +573,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -596,6 +615,10 @@ def importance_sampling(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -628,7 +651,14 @@ def importance_sampling(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -659,6 +689,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -690,6 +721,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -721,6 +753,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -751,6 +784,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -799,6 +833,10 @@ def ppo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -838,7 +876,14 @@ def ppo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -867,6 +912,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -896,6 +942,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -925,6 +972,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -953,6 +1001,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -996,6 +1045,10 @@ def cispo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1033,7 +1086,14 @@ def cispo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1061,6 +1121,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1089,6 +1150,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1117,6 +1179,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1144,6 +1207,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1187,6 +1251,10 @@ def dro(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1219,7 +1287,14 @@ def dro(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1252,6 +1327,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1285,6 +1361,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1318,6 +1395,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1350,6 +1428,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1400,6 +1479,10 @@ def sapo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1438,7 +1521,14 @@ def sapo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1877,6 +1967,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1911,6 +2002,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1945,6 +2037,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1978,6 +2071,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -2029,6 +2123,10 @@ def gspo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2069,7 +2167,14 @@ def gspo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -2100,6 +2205,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -2131,6 +2237,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -2162,6 +2269,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -2192,6 +2300,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -2242,6 +2351,10 @@ def gmpo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2280,7 +2393,14 @@ def gmpo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -2528,6 +2648,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -2554,6 +2675,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -2580,6 +2702,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -2605,6 +2728,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -2654,6 +2778,10 @@ def policy_loss(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2686,7 +2814,14 @@ def policy_loss(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
