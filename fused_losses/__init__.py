@@ -4,7 +4,13 @@ import os as _os
 
 from . import aggregation, on_logprobs, reference
 from .compute import ComputeResult, compute, loss_fn
-from .importance_weights import masked_importance_weights, truncated_importance_weights
+from .entropy_weights import entropy_weights
+from .importance_weights import (
+    gated_importance_weights,
+    masked_importance_weights,
+    off_policy_sequence_mask,
+    truncated_importance_weights,
+)
 from .linear_head import LinearHead
 from .losses import (
     cispo,
@@ -51,12 +57,15 @@ __all__ = [
     "dppo_kl",
     "dppo_tv",
     "dro",
+    "entropy_weights",
+    "gated_importance_weights",
     "gmpo",
     "gspo",
     "importance_sampling",
     "logprobs",
     "loss_fn",
     "masked_importance_weights",
+    "off_policy_sequence_mask",
     "on_logprobs",
     "policy_loss",
     "ppo",

@@ -197,6 +197,7 @@ def dft(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -215,6 +216,7 @@ def dft(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -233,6 +235,7 @@ def dft(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -250,6 +253,7 @@ def dft(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -278,6 +282,10 @@ def dft(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -300,7 +308,14 @@ def dft(
         target_tokens,
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -324,6 +339,7 @@ def reinforce(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -348,6 +364,7 @@ def reinforce(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -372,6 +389,7 @@ def reinforce(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -395,6 +413,7 @@ def reinforce(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -433,6 +452,10 @@ def reinforce(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -463,7 +486,14 @@ def reinforce(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1558,6 +1588,7 @@ def dppo_tv(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1588,6 +1619,7 @@ def dppo_tv(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1618,6 +1650,7 @@ def dppo_tv(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1647,6 +1680,7 @@ def dppo_tv(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1693,6 +1727,10 @@ def dppo_tv(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1731,7 +1769,14 @@ def dppo_tv(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1761,6 +1806,7 @@ def dppo_kl(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1791,6 +1837,7 @@ def dppo_kl(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1821,6 +1868,7 @@ def dppo_kl(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1850,6 +1898,7 @@ def dppo_kl(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1895,6 +1944,10 @@ def dppo_kl(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1933,7 +1986,14 @@ def dppo_kl(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -2433,6 +2493,7 @@ def vespo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -2466,6 +2527,7 @@ def vespo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -2499,6 +2561,7 @@ def vespo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -2531,6 +2594,7 @@ def vespo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -2582,6 +2646,10 @@ def vespo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2622,7 +2690,14 @@ def vespo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 

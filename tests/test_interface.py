@@ -50,7 +50,8 @@ def test_signature(objective):
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["logits", "target_tokens", *OBJECTIVES[objective].inputs]
     assert set(COMMON) | set(OBJECTIVES[objective].columns) <= set(parameters)
-    assert objective == "cross_entropy" or set(POLICY) <= set(parameters)
+    terms = set(POLICY) if objective in RATIO_LOSSES else set(POLICY) - {"log_ratio_clamp", "kl_weighted_by_ratio"}
+    assert (terms if objective in POLICY_LOSSES else set()) == set(POLICY) & set(parameters)
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     assert parameters["ignore_index"].default == -100 and parameters["backend"].default == "auto"
     assert objective in fused_losses.__all__ and getattr(fused_losses, objective).__doc__
