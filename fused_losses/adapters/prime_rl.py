@@ -96,6 +96,9 @@ dro = _loss("dro")
 sapo = _loss("sapo")
 gspo = _loss("gspo")
 gmpo = _loss("gmpo")
+dppo_tv = _loss("dppo_tv")
+dppo_kl = _loss("dppo_kl")
+vespo = _loss("vespo")
 
 
 def ipo(inputs: LossInputs, *, eps: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3) -> LossOutputs:

@@ -16,7 +16,7 @@ from fused_losses.adapters import prime_rl
 from fused_losses.adapters.comparisons import prime_rl as theirs
 from fused_losses.adapters.slots import installed
 
-LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "sapo", "gspo", "gmpo")
+LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
 T = 40
 
 
