@@ -175,8 +175,13 @@ def show(result: dict[str, Any]) -> None:
             worst = ", ".join(f"{key} {value:.2f}" for key, value in test["error_over_allowed"].items())
             print(f"  {name:7} {'ok' if test['ok'] else 'WRONG':5} error over allowed: {worst}")
     print("\nok" if result["ok"] else "\nFAILED: a backend that should work does not")
-    if result["left_out"]:  # pip has hidden what setup.py said of it
-        print(f"left out at install: {', '.join(result['left_out'])}; `pip install -v` shows why")
+    if left_out := ", ".join(result["left_out"]):
+        if result["installation"].startswith(build.WHEEL):
+            print(
+                f"not in wheels: {left_out}; `pip install --no-binary fused-losses fused-losses` compiles what it can"
+            )
+        else:  # pip has hidden what setup.py said of it
+            print(f"left out at install: {left_out}; `pip install -v` shows why")
 
 
 def show_module(module: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from urllib.request import url2pathname
 from .backends import cpu, cuda
 
 PACKAGE = Path(__file__).resolve().parent
+WHEEL = "wheel"  # for others' machines; what pip makes of sources, for this one alone, is a build from source
 
 
 def installation() -> str:
@@ -28,8 +29,7 @@ def _describe(distribution: Distribution) -> str:
     if Path(str(distribution.locate_file(PACKAGE.name))).resolve() != PACKAGE:
         return f"editable, {PACKAGE.parent}" if _source(distribution) == PACKAGE.parent else ""
     tags = [line.removeprefix("Tag:").strip() for line in wheel.splitlines() if line.startswith("Tag:")]
-    portable = any("manylinux" in tag for tag in tags)
-    return f"{'wheel' if portable else 'built from source'}, {', '.join(tags)}"
+    return f"{WHEEL if any('manylinux' in tag for tag in tags) else 'built from source'}, {', '.join(tags)}"
 
 
 def _source(distribution: Distribution) -> Path | None:
