@@ -16,28 +16,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .keywords import LOSSES, NEUTRAL, defaults
-from .objectives import OBJECTIVES, Objective, constant, log_ratio
+from .objectives import OBJECTIVES, Objective, constant, linear, log_ratio
 from .outputs import Call, Outputs
 from .problem import Column, PolicyTerms, Reduction, Sequences
-from .sequences import segment_expand, segment_mean
+from .sequences import segment_expand, segment_mean, segment_sum
 from .terms import asked, kl, times
 
 Columns = Mapping[str, Column | None]  # by name; None: a limit that is not in use
 
 
 class Read(Protocol):
-    def __call__(self, target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """(logprobs of the targets, entropy if asked for); 0 where a target is ignored."""
+    def __call__(self, tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """(logprobs of the targets, entropy if asked for). tokens: those that are looked at; None: all."""
 
 
 class Tokens(NamedTuple):
     """What an objective may look at beside the logprobs."""
 
-    target_tokens: Tensor
-    active: Tensor
+    present: Tensor  # whose target is not ignored
+    active: Tensor  # and whose weight is not 0
     columns: Columns
     sequences: Sequences
-    ignore_index: int
 
     def column(self, name: str, logp: Tensor) -> Tensor:
         value = self.columns.get(name)
@@ -50,7 +49,7 @@ class Tokens(NamedTuple):
     def in_ratio(self) -> Tensor:
         """The tokens that a sequence's ratio is made of."""
         mask = self.sequences.sequence_ratio_mask
-        return self.active if mask is None else (mask != 0) & (self.target_tokens != self.ignore_index)
+        return self.active if mask is None else (mask != 0) & self.present
 
 
 PerToken = Callable[[Tensor, Tokens], Tensor]  # logp -> the loss of each token, or one 0-d loss
@@ -100,6 +99,21 @@ def gmpo(logp: Tensor, tokens: Tokens) -> Tensor:
     return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
 
 
+def vespo(logp: Tensor, tokens: Tokens) -> Tensor:
+    names = ("old_logprobs", "advantages", "k_positive", "k_negative", "lambda_positive", "lambda_negative")
+    old_logprobs, advantages, *of_sign = (tokens.column(name, logp) for name in names)
+    clamp, cu_seqlens = tokens.column("log_ratio_clamp", logp), tokens.sequences.cu_seqlens
+    k = torch.where(advantages < 0, of_sign[1], of_sign[0])
+    rate = torch.where(advantages < 0, of_sign[3], of_sign[2])
+    clamped, _ = log_ratio(logp.detach(), old_logprobs, clamp)
+    log_w = segment_expand(segment_sum(clamped.where(tokens.in_ratio(), 0.0), cu_seqlens), logp, cu_seqlens)
+    log_phi = times(k, log_w) - rate * torch.expm1(log_w)
+    phi = torch.exp(log_phi.masked_fill(log_w == torch.inf, -torch.inf))  # inf - inf
+    valid = (k >= 0) & (rate > 0) & (clamp >= 0) & ~torch.isnan(log_w)
+    g = -torch.where(advantages == 0, 0.0, phi * advantages)
+    return linear(g.masked_fill(~valid, torch.nan), logp)
+
+
 class OfSequences(NamedTuple):
     objective: PerToken
     has_ratio: bool  # the loss's ratio is that of a token's sequence: KL is weighted by it, metrics are made of it
@@ -109,6 +123,7 @@ OF_SEQUENCES = {
     "gspo": OfSequences(gspo, has_ratio=True),
     "gmpo": OfSequences(gmpo, has_ratio=False),
     "sapo": OfSequences(sapo, has_ratio=True),
+    "vespo": OfSequences(vespo, has_ratio=False),
 }
 
 
@@ -181,7 +196,7 @@ def named(objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any,
 def composed(
     read: Read,
     objective: PerToken,
-    target_tokens: Tensor,
+    present: Tensor,
     columns: Columns,
     sequences: Sequences,
     terms: PolicyTerms,
@@ -193,19 +208,17 @@ def composed(
 ) -> Tensor | tuple[Tensor, Outputs]:
     """The loss, from the logprobs and the entropy that ``read`` gives.
 
-    columns: the objective's. sequence_ratio: whether the loss's ratio is that of a token's sequence.
+    present: bool, the tokens whose target is not ignored. columns: the objective's.
+    sequence_ratio: whether the loss's ratio is that of a token's sequence.
     derivatives_by_hand: of the KL, as the kernels have them; else those of autograd, for the reference.
     """
     wanted = asked(terms)
     if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
         raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
-    active = target_tokens != reduction.ignore_index
-    if reduction.weights is not None:
-        active = active & (reduction.weights != 0)
-    tokens = Tokens(target_tokens, active, columns, sequences, reduction.ignore_index)
+    active = present if reduction.weights is None else present & (reduction.weights != 0)
+    tokens = Tokens(present, active, columns, sequences)
     seen = active | tokens.in_ratio()
-    asked_tokens = target_tokens if return_outputs else target_tokens.masked_fill(~seen, reduction.ignore_index)
-    logp, entropy = read(asked_tokens, wanted.entropy)
+    logp, entropy = read(None if return_outputs else seen, wanted.entropy)
 
     # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
     def masked(name: str, value: Column) -> Tensor:
@@ -234,7 +247,7 @@ def composed(
     per_token = torch.zeros_like(logp)
     if not whole_batch:
         per_token = times(1.0 if terms.importance_weights is None else terms.importance_weights, value)
-    if entropy is not None:
+    if wanted.entropy and entropy is not None:
         per_token = per_token - times(terms.entropy_coef, torch.where(active, entropy, 0.0))
     if wanted.kl:
         x = torch.where(active, logp, 0.0)
@@ -253,7 +266,7 @@ def composed(
     if not return_outputs:
         return loss
     of_sequence = sequence_log_ratio(torch.where(seen, logp.detach(), 0.0), tokens) if sequence_ratio else None
-    call = Call(target_tokens, reduction, columns, of_sequence)
+    call = Call(present, reduction.weights, columns, of_sequence)
     return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
 
 
