@@ -278,7 +278,9 @@ def ratios(devices: dict[str, list[Device]]) -> str:
         ]
         for name, case, loss, dtype in distinct(shown, "device", "case", "loss", "dtype"):
             shape = case.split(": ")[-1]
-            rows_of.append((f"{name}, {loss}, {shape} {dtype}", where(shown, case=case, loss=loss, dtype=dtype)))
+            rows_of.append(
+                (f"{name.split()[-1]}, {loss}, {shape} {dtype}", where(shown, case=case, loss=loss, dtype=dtype))
+            )
         if shown:
             lines.append(conditions_line(shown))
     if not rows_of:

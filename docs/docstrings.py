@@ -1,7 +1,7 @@
 """griffe: docstrings as this package writes them, for the reference.
 
-Roles such as :func:`ppo` become links to where the reference has the name, and "low, high: bounds" among the arguments
-one entry for each.
+Roles such as :func:`ppo` become links to where the reference has the name, "low, high: bounds" among the arguments one
+entry for each, and the comments beside the fields of a record the text of these.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import griffe
 
 ROLE = re.compile(r":(?:func|class|mod|meth):`([^`]+)`")
 TOGETHER = re.compile(r"^    (\w+(?:, \w+)+): ", re.MULTILINE)
+RETURNED = re.compile(r"^    ``([^`]+)``: ", re.MULTILINE)  # what stands before the colon is code anyway
 
 
 class Docstrings(griffe.Extension):
@@ -25,7 +26,9 @@ def rewrite(found: griffe.Object, package: griffe.Module) -> None:
     if found.docstring:
         text = ROLE.sub(lambda role: link(role[1], found, package), found.docstring.value)
         if isinstance(found, griffe.Function | griffe.Class):
-            text = TOGETHER.sub(lambda names: apart(names, found.parameters), text)
+            text = TOGETHER.sub(lambda names: apart(names, found.parameters), RETURNED.sub(r"    \1: ", text))
+        if isinstance(found, griffe.Class) and "NamedTuple" in map(str, found.bases):
+            text += f"\n\nAttributes:\n{fields(found)}"
         found.docstring.value = text
     for member in found.members.values():
         if not member.is_alias:
@@ -34,12 +37,13 @@ def rewrite(found: griffe.Object, package: griffe.Module) -> None:
 
 def link(name: str, where: griffe.Object, package: griffe.Module) -> str:
     """To a name of this package, seen from where the docstring stands or else from the package; others are code."""
+    start = f"{package.path}."
     try:
-        path = where.resolve(name)
+        path = name if name.startswith(start) else where.resolve(name)
     except griffe.NameResolutionError:
-        path = f"{package.path}.{name}"
+        path = start + name
     try:
-        package[path.removeprefix(f"{package.path}.")]
+        package[path.removeprefix(start)]
     except KeyError:
         return f"`{name}`"
     return f"[`{name}`][{path}]"
@@ -51,3 +55,10 @@ def apart(names: re.Match[str], parameters: griffe.Parameters) -> str:
     if any(name not in parameters for name in (*others, last)):  # exceptions, for one
         return names[0]
     return "".join(f"    {name}: see ``{last}``.\n" for name in others) + f"    {last}: "
+
+
+def fields(record: griffe.Class) -> str:
+    """An entry for each, with the comment that stands beside it."""
+    found = [member for member in record.attributes.values() if "property" not in member.labels]
+    comments = [member.lines[0].partition("  # ")[2] for member in found]
+    return "".join(f"    {member.name}: {comment}\n" for member, comment in zip(found, comments, strict=True))
