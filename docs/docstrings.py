@@ -11,7 +11,7 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:func|class|mod|meth):`([^`]+)`")
+ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`([^`]+)`")
 TOGETHER = re.compile(r"^    (\w+(?:, \w+)+): ", re.MULTILINE)
 RETURNED = re.compile(r"^    ``([^`]+)``: ", re.MULTILINE)  # what stands before the colon is code anyway
 
@@ -36,17 +36,24 @@ def rewrite(found: griffe.Object, package: griffe.Module) -> None:
 
 
 def link(name: str, where: griffe.Object, package: griffe.Module) -> str:
-    """To a name of this package, seen from where the docstring stands or else from the package; others are code."""
+    """To a name of this package, seen from where the docstring stands or else from the package; others are code.
+
+    So is what has no docstring: the reference leaves it out.
+    """
     start = f"{package.path}."
     try:
-        path = name if name.startswith(start) else where.resolve(name)
+        if name.startswith("."):  # as in an import
+            path = f"{where.module.path.rpartition('.')[0]}{name}"
+        else:
+            path = name if name.startswith(start) else where.resolve(name)
     except griffe.NameResolutionError:
         path = start + name
     try:
-        package[path.removeprefix(start)]
-    except KeyError:
-        return f"`{name}`"
-    return f"[`{name}`][{path}]"
+        known = package[path.removeprefix(start)].has_docstring
+    except (KeyError, griffe.AliasResolutionError):
+        known = False
+    name = name.lstrip(".")
+    return f"[`{name}`][{path}]" if known else f"`{name}`"
 
 
 def apart(names: re.Match[str], parameters: griffe.Parameters) -> str:

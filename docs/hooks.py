@@ -25,7 +25,7 @@ UNWANTED = {  # GitHub shows the first four as they are meant
     r"(?s)<p>(?:(?!</p>).)*\n[*-] ": "has a list that does not follow an empty line",
     r"(?s)<p>(?:(?!</p>).)*\n\| ": "has a table that does not follow an empty line",
     r"<code>[^<]*\\\|[^<]*</code>": "has a bar in the code of a table, where it can't be escaped",
-    r":(func|class|mod|meth|attr|data|exc):": "shows a role that was not rendered",
+    r":[a-z]+:(<code>|`)": "shows a role that was not rendered",
     r'<(script|img|iframe)[^>]* src="(https?:)?//[^"]*"': "asks another host",
     r'<link[^>]* rel="?(stylesheet|preconnect|icon)[^>]* href="(https?:)?//[^"]*"': "asks another host",
 }

@@ -28,8 +28,8 @@ SPOILT = [  # a file, what is added to it, what the build says of it
     ("docs/sources.md", "a table:\n| of | two |\n|---|---|", "sources.md has a table"),
     ("docs/kernels.md", "\n| `a \\| b` | |\n|---|---|\n", "kernels.md has a bar"),
     ("docs/new.md", "# On no list", "new.md"),
-    ("fused_losses/losses.py", ":func:`call.policy`, which no page has", "fused_losses.call.policy"),
-    ("fused_losses/losses.py", ":attr:`Outputs.metrics`, a role that is not known", ":attr:"),
+    ("fused_losses/losses.py", ":class:`stages.Source`, which no page has", "fused_losses.stages.Source"),
+    ("fused_losses/losses.py", ":term:`logits`, a role that is not known", ":term:"),
 ]
 pytest.importorskip("mkdocs")
 pytestmark = pytest.mark.xdist_group("site")  # what the tests share is made once
