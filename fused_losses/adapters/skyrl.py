@@ -53,15 +53,19 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         inplace_backward: backward may write the gradient over the logits, and does where these can be overwritten: not
             a leaf, no element twice in memory. It then runs once.
     """
-    inplace = inplace_backward and overwritable(logits)
+    return _observed(logits, labels, inplace_backward and overwritable(logits))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def logprobs_not_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """The same for ``install(inplace=False)``, whatever the framework allows."""
+    return _observed(logits, labels, False)
+
+
+def _observed(logits: Tensor, labels: Tensor, inplace: bool) -> Tensor:
     logp, entropy = logprobs(logits, labels, return_entropy=True, inplace=inplace)
     _last[:] = [_Read(weakref.ref(logits), logits._version, entropy)]
     return logp
-
-
-def logprobs_not_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """The same for ``install(inplace=False)``, whatever the framework allows."""
-    return logprobs_from_logits(logits, labels, inplace_backward=False)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -319,8 +323,8 @@ def _trusted(logp: Tensor, anchor: Tensor, advantages: Tensor, config: Any) -> T
         divergence = before * (anchor - logp) + (1 - before) * others
     else:
         raise ValueError(f"config.dppo.dppo_type must be 'binary_tv' or 'binary_kl', got {config.dppo_type!r}")
-    too_likely = (advantages > 0) & (moved > 0) & (divergence > config.delta_high)
-    too_unlikely = (advantages < 0) & (moved < 0) & (divergence > config.delta_low)
+    too_likely: Tensor = (advantages > 0) & (moved > 0) & (divergence > config.delta_high)
+    too_unlikely: Tensor = (advantages < 0) & (moved < 0) & (divergence > config.delta_low)
     return ~(too_likely | too_unlikely)
 
 

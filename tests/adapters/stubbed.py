@@ -97,7 +97,7 @@ if __name__ == "__main__":
     if tests:
         import pytest
 
-        sys.exit(pytest.main([*tests, "-q", "-p", "no:cacheprovider"]))
+        sys.exit(pytest.main([*tests, "-p", "no:cacheprovider"]))
     from fused_losses.adapters.__main__ import main
 
     sys.argv = [__file__, framework]
