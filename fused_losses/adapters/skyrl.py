@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import logprobs, on_logprobs, statistics
+from ..objectives import binary_kl
 from .slots import Slot, Slots
 from .verl import overwritable
 
@@ -314,13 +315,11 @@ def dppo(
 
 def _trusted(logp: Tensor, anchor: Tensor, advantages: Tensor, config: Any) -> Tensor:
     """Whether the binary divergence, of the token against all others, is within the bound of A's sign."""
-    probability, before = logp.exp(), anchor.exp()
-    moved = probability - before
+    moved = logp.exp() - anchor.exp()
     if config.dppo_type == "binary_tv":
         divergence = moved.abs()
     elif config.dppo_type == "binary_kl":
-        others = torch.log((1 - before + 1e-8) / (1 - probability + 1e-8))
-        divergence = before * (anchor - logp) + (1 - before) * others
+        divergence = binary_kl(anchor, logp)
     else:
         raise ValueError(f"config.dppo.dppo_type must be 'binary_tv' or 'binary_kl', got {config.dppo_type!r}")
     too_likely: Tensor = (advantages > 0) & (moved > 0) & (divergence > config.delta_high)

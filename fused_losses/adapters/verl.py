@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import LinearHead, VocabShard, aggregation, checks, logprobs, on_logprobs, statistics
+from ..objectives import binary_kl
 from .slots import Slot, Slots, installed
 
 MADE_FOR = "0.9.1"
@@ -320,6 +321,77 @@ def geo_mean(
     return loss, given.metrics(outside & (advantages > 0), log_ratio, outside & (advantages < 0))
 
 
+def gpg(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`fused_losses.reinforce`, as verl's "gpg", which has no metrics; arguments as in :func:`vanilla`."""
+    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    loss = on_logprobs.reinforce(
+        log_prob, advantages, importance_weights=rollout_is_weights, **given.reduction(loss_agg_mode)
+    )
+    return loss, {}
+
+
+def dppo_tv(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`fused_losses.dppo_tv`, as verl's "dppo_tv": the clip ratios bound the divergence, ``clip_ratio_c`` the
+    ratio; arguments as in :func:`vanilla`.
+    """
+    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    divergence = (log_prob.detach().exp() - old_log_prob.exp()).abs()
+    return _dppo(on_logprobs.dppo_tv, given, divergence, loss_agg_mode)
+
+
+def dppo_kl(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`fused_losses.dppo_kl`, as verl's "dppo_kl"; configured as :func:`dppo_tv`."""
+    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    return _dppo(on_logprobs.dppo_kl, given, binary_kl(old_log_prob, log_prob.detach()), loss_agg_mode)
+
+
+def _dppo(
+    function: Callable[..., Tensor], given: _Given, divergence: Tensor, loss_agg_mode: str
+) -> tuple[Tensor, dict[str, Any]]:
+    low, high = given.clip_ratios()
+    ratio_cap = given.config.get("clip_ratio_c", 20.0)
+    loss = function(
+        given.log_prob,
+        given.old_log_prob,
+        given.advantages,
+        divergence_low=low,
+        divergence_high=high,
+        ratio_cap=ratio_cap,
+        log_ratio_clamp=_CLAMP,
+        importance_weights=given.rollout_is_weights,
+        **given.reduction(loss_agg_mode),
+    )
+    log_ratio = given.log_ratio().clamp(-_CLAMP, _CLAMP)
+    too_likely = (given.advantages > 0) & (log_ratio > 0) & (divergence > high)
+    too_unlikely = (given.advantages <= 0) & (log_ratio < 0) & (divergence > low)  # verl counts tokens of A = 0 here
+    dropped = too_likely | too_unlikely
+    return loss, given.metrics(dropped, log_ratio, (log_ratio.exp() > ratio_cap) & ~dropped)
+
+
 def importance_sampling(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -411,6 +483,9 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {  # by verl's loss_mode
     "cispo": cispo,
     "dro": dro,
     "geo_mean": geo_mean,
+    "gpg": gpg,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
     "importance_sampling": importance_sampling,
 }
 

@@ -32,13 +32,13 @@ def tokens() -> dict[str, Any]:
     """Padded responses of which one is empty."""
     torch.manual_seed(0)
     log_probs = -3 * torch.rand(B, T)
-    old_log_probs = log_probs + 0.5 * torch.randn(B, T)
+    old_log_probs = (log_probs + 0.5 * torch.randn(B, T)).clamp(max=-0.01)
     return {
         "log_probs": log_probs.requires_grad_(),
         "old_log_probs": old_log_probs,
         "advantages": torch.randn(B, T),
         "loss_mask": (torch.arange(T) < torch.tensor([[T], [7], [0], [1], [33], [20]])).float(),
-        "rollout_logprobs": old_log_probs + 0.1 * torch.randn(B, T),
+        "rollout_logprobs": (old_log_probs + 0.1 * torch.randn(B, T)).clamp(max=-0.01),
     }
 
 
@@ -129,16 +129,16 @@ def loss_cases(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     yield "no correction", {"config": config(name)}
     corrections = {
-        "token": correction(tis_ratio_type="token", token_tis_ratio_clip_high=1.05),
-        "sequence": correction(tis_ratio_type="sequence", sequence_tis_ratio_clip_high=1.1),
+        "token TIS": correction(tis_ratio_type="token", token_tis_ratio_clip_high=1.05),
+        "sequence TIS": correction(tis_ratio_type="sequence", sequence_tis_ratio_clip_high=1.1),
         "geometric mask": correction(sequence_mask_metric="geometric"),
-        "token and outlier masks": correction(
+        "token, outlier masks": correction(
             token_mask_is_threshold_low=0.9, token_mask_is_threshold_high=1.1, outlier_token_is_threshold_high=1.27
         ),
     }
     if name not in ("cross_entropy", "importance_sampling"):
         for what, corrected in corrections.items():
-            yield f"off_policy_correction: {what}", {"config": config(name, off_policy_correction=corrected)}
+            yield what, {"config": config(name, off_policy_correction=corrected)}
     if name == "cispo":
         yield "cispo_anchor=rollout", {"config": config(name, cispo=CISPOConfig(0.2, 0.28, "rollout"))}
     elif name == "dppo":

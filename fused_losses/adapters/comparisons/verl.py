@@ -28,7 +28,7 @@ def tokens(spread: float = 0.5, sequence_advantages: bool = False) -> dict[str, 
     torch.manual_seed(0)
     log_prob = -3 * torch.rand(B, T)
     return {
-        "old_log_prob": log_prob + spread * torch.randn(B, T),
+        "old_log_prob": (log_prob + spread * torch.randn(B, T)).clamp(max=-0.01),
         "log_prob": log_prob.requires_grad_(),
         "advantages": torch.randn(B, 1).expand(B, T) if sequence_advantages else torch.randn(B, T),
         "response_mask": torch.arange(T) < torch.tensor([[T], [7], [0], [1], [33], [20]]),
@@ -112,7 +112,7 @@ def of_heads() -> Iterator[Comparison]:
     for shape in ((B * T,), (B, T)):
         yield Comparison(
             "FusedLinearForPPO.forward",
-            f"hidden_states of {len(shape) + 1} dimensions",
+            f"{len(shape) + 1} dimensions",
             lambda shape=shape: head(theirs, shape),  # type: ignore[misc]
             lambda shape=shape: head(ours.fused_linear_for_ppo, shape),  # type: ignore[misc]
         )
@@ -146,9 +146,12 @@ def loss_cases(mode: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "token-mean", {"loss_agg_mode": "token-mean", "config": config()}
     if mode in ("vanilla", "gspo"):
         for agg in ("token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
-            yield f"{agg}, of 2 ranks", {"loss_agg_mode": agg, "config": config(global_batch_info=GLOBAL)}
+            yield f"{agg}, dp 2", {"loss_agg_mode": agg, "config": config(global_batch_info=GLOBAL)}
     torch.manual_seed(2)
     weights = 2 * torch.rand(B, T)
     yield "rollout_is_weights", {"loss_agg_mode": "token-mean", "config": config(), "rollout_is_weights": weights}
+    if mode.startswith("dppo"):
+        narrow = config(clip_ratio_low=0.02, clip_ratio_high=0.01, clip_ratio_c=1.3)
+        yield "narrow bounds", {"loss_agg_mode": "token-mean", "config": narrow}
     one_clip_ratio = config(clip_ratio_low=None, clip_ratio_high=None, clip_ratio=1.5)
     yield "clip_ratio above 1", {"loss_agg_mode": "token-mean", "config": one_clip_ratio}
