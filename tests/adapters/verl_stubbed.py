@@ -143,7 +143,7 @@ def test_never_in_place_if_so_installed():
 
 
 def test_logits_that_the_loss_reads_elsewhere():
-    """verl's top-k distillation does: an error, and no wrong gradient."""
+    """As verl's chunked top-k distillation does with float32 ones: an error, and no wrong gradient."""
     leaf, labels = drawn_logits()
     logits = leaf * 1
     other = logits.logsumexp(-1)
