@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -81,6 +82,15 @@ class Slots:
             f"{self.distribution} {installed(self.distribution)}: {slot.module}.{slot.name} is not the slot that this "
             f"adapter was made for, with {self.distribution} {self.made_for}: {why}"
         )
+
+
+def rebind(package: str, old: Any, new: Any) -> None:
+    """Bind to ``new`` every name that is bound to ``old`` in the loaded modules of ``package``: those of a slot's value
+    that was imported by name."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key in [key for key, value in vars(module).items() if value is old]:
+                setattr(module, key, new)
 
 
 def installed(distribution: str) -> str | None:
