@@ -32,6 +32,7 @@ OUTPUTS: dict[str, Literal["logprobs", "entropy", "log_sum_squares", "mean_logit
 _BYTES_PER_COLUMN = 4096 * 4  # TRL's tiles are 4096 tokens by chunk_size classes; of float32
 _SKIPPED = -(2**31)  # an index that nobody gives, as -100 would be an error of the caller's in TRL
 _HALVES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, *_HALVES)
 
 
 class ChunkedLogProb:
@@ -260,7 +261,8 @@ def _dtypes_joined(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[AbstractContextManager[Any], tuple[Tensor, Tensor | None]]:
     """The context to call in, and weight and bias, so that products are of hidden's dtype whatever theirs is."""
-    if weight.dtype is hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if autocast or weight.dtype is hidden.dtype or weight.dtype not in _DTYPES:  # a quantised one the head refuses
         return nullcontext(), (weight, bias)
     if hidden.dtype in _HALVES:  # the gradient of a float32 weight is then not rounded to 16 bits
         return torch.autocast(hidden.device.type, dtype=hidden.dtype), (weight, bias)
