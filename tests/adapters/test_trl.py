@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import subprocess
 import sys
 from types import ModuleType
 
@@ -42,9 +43,20 @@ def inputs(dtype=torch.float32):
     return hidden, weight, torch.randint(V, (N,), generator=generator)
 
 
-def head(hidden, weight, targets, apply=None, *, bias=None, temperature=1.0, chunk_size=512, outputs=("log_probs",)):
+def head(
+    hidden,
+    weight,
+    targets,
+    apply=None,
+    *,
+    temperature=1.0,
+    chunk_size=512,
+    softcap=None,
+    scale=1.0,
+    outputs=("log_probs",),
+):
     apply = apply or adapter.ChunkedLogProb().apply
-    return apply(hidden, weight, bias, targets, temperature, chunk_size, None, 1.0, outputs)
+    return apply(hidden, weight, None, targets, temperature, chunk_size, softcap, scale, outputs)
 
 
 # ---- In and back ----
@@ -154,12 +166,31 @@ def test_trainers_run_on_it(monkeypatch):
 # ---- What is refused ----
 
 
+def test_without_trl_its_functions_work_and_installing_says_what_is_missing():
+    program = """
+import sys
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name == "trl":
+            raise ModuleNotFoundError("No module named 'trl'", name="trl")
+sys.meta_path.insert(0, Absent)
+import torch
+from fused_losses.adapters import trl
+assert trl.selective_log_softmax(torch.zeros(1, 4), torch.tensor([2])).exp().item() == 0.25
+trl.install()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].== "ModuleNotFoundError: No module named 'trl'", done.stderr
+
+
 @pytest.mark.parametrize(
     ("message", "changed"),
     [
         ("outputs must be some of log_probs, .*, got 'entropies'", {"outputs": ("log_probs", "entropies")}),
         ("chunk_bytes must be greater than 0", {"chunk_size": 0}),
-        ("temperature", {"temperature": 0.0}),
+        ("temperature must be greater than 0 and finite, got 0", {"temperature": 0.0}),
+        ("softcap must be greater than 0 and finite, got 0", {"softcap": 0.0}),
+        ("logit_scale must be greater than 0 and finite, got 0", {"scale": 0.0}),
     ],
 )
 def test_the_head_refuses(message, changed):

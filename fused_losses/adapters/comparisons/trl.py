@@ -47,7 +47,7 @@ def comparisons() -> Iterator[Comparison]:
     yield compared(function, "row_mask", lambda: selected((8, 32), masked=True, entropy=True))
 
     yield compared("SFTTrainer", "nll", lambda: sft())
-    yield compared("SFTTrainer", "dft", lambda: sft(loss_type="dft"))
+    yield compared("SFTTrainer", "dft, checkpointing", lambda: sft(loss_type="dft", gradient_checkpointing=True))
     yield compared("SFTTrainer", "nll, Gemma 2: softcap", lambda: sft(model("gemma2")))
     yield compared("SFTTrainer", "nll, Cohere: logit scale", lambda: sft(model("cohere")))
     yield compared("SFTTrainer", "nll, bf16=True", lambda: sft(bf16=True), 2e-2, halves)
