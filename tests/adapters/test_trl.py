@@ -180,7 +180,7 @@ assert trl.selective_log_softmax(torch.zeros(1, 4), torch.tensor([2])).exp().ite
 trl.install()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].== "ModuleNotFoundError: No module named 'trl'", done.stderr
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'trl'", done.stderr
 
 
 @pytest.mark.parametrize(
