@@ -150,7 +150,7 @@ def test_defaults_in_docs(page, header, losses):
 
 
 @pytest.mark.parametrize(
-    "page, header", [("README.md", "| function | per token"), ("docs/policy.md", "| function | obj")]
+    "page, header", [("docs/losses.md", "| function | per token"), ("docs/policy.md", "| function | obj")]
 )
 def test_reductions_and_bounds_in_docs(page, header):
     seen = set()
