@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from fused_losses.adapters import trl as adapter
 
@@ -328,6 +330,33 @@ def test_a_weight_that_zero_3_shards_is_gathered_for_backward(monkeypatch):
     assert sharded.numel() == 0
     torch.testing.assert_close(torch.autograd.grad((seen[0] + seen[1]).sum(), (hidden, sharded)), wanted)
     assert len(gathered) == 2 and sharded.numel() == 0
+
+
+def gradients_of_a_sharded_model(rank):
+    """Of FSDP2, whole: with TRL's head, and with ours."""
+    comparisons = importlib.import_module("fused_losses.adapters.comparisons.trl")
+    mesh = DeviceMesh.from_group(rank.group, "cpu")
+    seen = []
+    for prepare in (adapter.remove, adapter.install):
+        prepare()
+        model = comparisons.model()
+        fully_shard(model, mesh=mesh)
+        utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        tokens = torch.randint(3, 19, (2, 9), generator=torch.Generator().manual_seed(rank.rank))
+        labels = tokens.masked_fill(torch.arange(9) < 3, -100)
+        given = model(input_ids=tokens, labels=labels, fused_lm_head=True)
+        (given.loss - 0.1 * given.entropy.sum()).backward()
+        seen.append([parameter.grad.full_tensor() for parameter in model.parameters()])
+    adapter.remove()
+    return seen
+
+
+@pytest.mark.xdist_group("ranks")
+def test_fsdp2(ranks):
+    pytest.importorskip("datasets", reason="tests/oracles.txt")
+    theirs, ours = ranks(2, gradients_of_a_sharded_model)[0]
+    assert len(theirs) == 21
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_the_head_compiles_into_one_graph():
