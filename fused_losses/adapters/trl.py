@@ -68,6 +68,10 @@ class ChunkedLogProb:
 
         Returns:
             (N,) each, float32 and bool; log_probs and entropy are differentiable.
+
+        Raises:
+            ValueError, TypeError: a device, dtype (a quantised weight is one), name or number that is not one of these;
+                the message names the argument.
         """
         if unknown := [name for name in outputs if name not in OUTPUTS]:
             raise ValueError(f"outputs must be some of {', '.join(OUTPUTS)}, got {', '.join(map(repr, unknown))}")
@@ -105,6 +109,10 @@ def selective_log_softmax(
 
     Returns:
         of index's shape, float32, differentiable. TRL's own is of the logits' dtype where it is not of its kernel.
+
+    Raises:
+        ValueError, TypeError: a device, dtype, shape or number that is not one of these; on a CPU an index outside
+            [0, V) is one, elsewhere it gives NaN.
     """
     _check_device("logits", logits.device)
     index = _masked(index, row_mask)
@@ -122,7 +130,8 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """``trl.trainer.utils.selective_log_softmax_and_entropy``: the logprobs at index (...), and each row's entropy.
 
-    Both are float32; 0 where ``row_mask`` is. The entropy has a gradient where ``entropy_requires_grad``.
+    Both are float32, and 0 where ``row_mask`` is. The entropy has a gradient where ``entropy_requires_grad``. Raises as
+    :func:`selective_log_softmax` does, and for an index (..., K).
     """
     _check_device("logits", logits.device)
     if index.shape != logits.shape[:-1]:
