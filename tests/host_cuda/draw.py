@@ -28,6 +28,9 @@ LARGE = [1025, 2050, 3001, 4096, 4099, 9000]  # blocks of several warps
 LARGEST = 33013  # a block of 1024 threads
 HAZARDS = ["nan", "inf", "-inf", "all -inf", "half -inf", "bad target", "outside", "shifted", "sure", "behind", "mask"]
 
+# A seed keeps what it stands for, whatever objectives come after these: seeded bugs are caught by the first 60.
+SETTLED, SETTLED_SEEDS = 7, 120
+
 DRAWN = {
     "old_logprobs": lambda rng, n: rng.normal(-5, 2, n),
     "advantages": lambda rng, n: rng.normal(0, 1, n) * (rng.random(n) < 0.8),
@@ -43,6 +46,11 @@ DRAWN = {
     "divergence_high": lambda rng, n: rng.uniform(0.01, 0.3, n),
     "ratio_cap": lambda rng, n: rng.uniform(0.5, 4.0, n),
 }
+
+
+def objectives(seed: int) -> list[str]:
+    names = list(OBJECTIVES)
+    return names[:SETTLED] if seed <= SETTLED_SEEDS else names[SETTLED:]
 
 
 def encode(x: np.ndarray, dtype: int) -> np.ndarray:
@@ -78,7 +86,7 @@ class Draw:
             self.device = 1, 1 << 12  # one block of several warps takes all rows in turn
         self.plain = bool(rng.random() < 0.4)
         k = 1 if self.plain or rng.random() < 0.6 else int(rng.choice([1, 2, 5, 40, 70]))  # a small block: 32 threads
-        self.objective = "cross_entropy" if k > 1 else str(rng.choice(list(OBJECTIVES)))
+        self.objective = "cross_entropy" if k > 1 else str(rng.choice(objectives(seed)))
         self.temperature = self._column(rng.uniform(0.5, 2.0, n))
         self.weights = self._column(rng.uniform(0.25, 2.0, n) * (rng.random(n) < 0.8))
         self.denominator = np.float32(rng.uniform(0.5, 4.0)), None
