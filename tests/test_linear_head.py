@@ -1246,6 +1246,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "chunk_bytes as a flag": (lambda: {"chunk_bytes": True}, TypeError, "chunk_bytes must be an integer"),
     "logits of 16 bits": (lambda: {"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype must be"),
     "logits of 64 bits": (lambda: {"logits_dtype": torch.float64}, TypeError, "logits_dtype must be"),
+    "skip_masked as a mask": (
+        lambda: {"skip_masked": torch.ones(2)},
+        TypeError,
+        "skip_masked must be True or False, got Tensor",
+    ),
     "sums of another dtype": (lambda: {"weight_grad_dtype": torch.bfloat16}, TypeError, "weight_grad_dtype must be"),
     "a buffer of another shape": (
         lambda: {"weight_grad": torch.zeros(H, VOCAB)},
