@@ -118,8 +118,10 @@ def test_sequence_loss(backend, device, case, packed, gradient):
             options |= {"weights": weights.float()[batch.mask], "cu_seqlens": cu_seqlens}
         loss, outputs = function(*given, return_outputs=True, **options)
         loss.backward()
-        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=2e-5, atol=1e-6)
+        # vespo's log ratio is a sum, not a mean, of T logprobs, and phi up to k + lambda w times as sensitive to it
+        amplified = T * 3.0 if name == "vespo" else 1.0
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6 * amplified, atol=2e-6)
+        torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=2e-5, atol=1e-6 * amplified)
         assert outputs.logprobs.shape == given[1].shape
 
 

@@ -21,6 +21,7 @@ from fused_losses.problem import Terms
 from fused_losses.terms import Seen, row_loss
 
 FLOOR = float(np.finfo(np.float32).min)
+SUBNORMAL = 1.5e-45  # next to 0 float32 has no more digits
 SMALLEST = (1e-35, 1e-35, 2.0**-24)
 ROUNDING = (0.0, 2.0**-8, 2.0**-10)  # generous: an ulp, not half of one
 SMALL = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 24, 31, 32, 33, 47, 63, 64, 65, 127, 255, 256, 257, 1000, 1023]
@@ -292,7 +293,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
     coefficients_error = np.nan_to_num(np.where(draw.active, by_error * scale, 0), posinf=np.inf)
 
     logprobs = np.where(draw.reads & (draw.targets.T != IGNORE), logp, 0)
-    logprobs_error = small(logprobs) * (error + 3e-7 * np.abs(logprobs)) * draw.reads
+    logprobs_error = (small(logprobs) * (error + 3e-7 * np.abs(logprobs)) + SUBNORMAL) * draw.reads
     entropy_error = 3 * error * np.where(leads, np.minimum(1, entropy), 1)
     if draw.plain:
         stats, rtol, atol, coefficients = stats[:3], rtol[:3], atol[:3], coefficients[:1]
