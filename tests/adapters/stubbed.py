@@ -14,12 +14,21 @@ from typing import Any
 STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
     "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping"),
-    "torchtitan": ("spmd_types",),
+    "torchtitan": ("tyro", "vllm"),
     "openrlhf": ("ray", "deepspeed", "loralib", "flash_attn", "ring_flash_attn", "optree"),
 }
 
 
-class Anything:
+class Made(type):
+    """Of classes: what a stub is asked for may be a module, from which things are then taken."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+class Anything(metaclass=Made):
     """Takes whatever it is made with; as a decorator it leaves what it decorates."""
 
     def __init__(self, *_: Any, **__: Any):
@@ -31,6 +40,9 @@ class Anything:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        return Anything()
+
+    def __getitem__(self, _: Any) -> Any:
         return Anything()
 
 
