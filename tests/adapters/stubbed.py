@@ -14,7 +14,7 @@ from typing import Any
 STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
     "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping"),
-    "torchtitan": ("tyro", "vllm"),
+    "torchtitan": ("vllm",),
     "openrlhf": ("ray", "deepspeed", "loralib", "flash_attn", "ring_flash_attn", "optree"),
 }
 
