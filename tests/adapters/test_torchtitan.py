@@ -24,14 +24,14 @@ from fused_losses.adapters import torchtitan as ours
 pytest.importorskip("torchtitan", reason="torchtitan is not installed: tests/oracles.txt")
 pytest.importorskip("tyro", reason="tyro is not installed: tests/oracles.txt")
 
-import torchtitan.components.loss as theirs  # noqa: E402
-import torchtitan.distributed.utils as distributed  # noqa: E402
-import tyro  # noqa: E402
-from torchtitan.components.loss import ChunkedLossWrapper  # noqa: E402
-from torchtitan.config import CompileConfig  # noqa: E402
-from torchtitan.distributed.spmd_types import set_current_spmd_mesh  # noqa: E402
+import torchtitan.components.loss as theirs
+import torchtitan.distributed.utils as distributed
+import tyro
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.config import CompileConfig
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh
 
-from fused_losses.adapters import _torchtitan  # noqa: E402
+from fused_losses.adapters import _torchtitan
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),
