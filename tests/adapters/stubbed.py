@@ -15,7 +15,11 @@ STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
     "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping"),
     "torchtitan": ("vllm",),
-    "openrlhf": ("ray", "deepspeed", "loralib", "flash_attn", "ring_flash_attn", "optree"),
+    "ms_swift": (
+        *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
+        *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
+    ),
+    "openrlhf": ("ray", "deepspeed", "peft", "ring_flash_attn", "pylatexenc"),
 }
 
 
@@ -44,6 +48,9 @@ class Anything(metaclass=Made):
 
     def __getitem__(self, _: Any) -> Any:
         return Anything()
+
+    def __fspath__(self) -> str:
+        return "nowhere"
 
 
 class Stub(ModuleType):
@@ -75,9 +82,14 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """It is empty."""
 
 
+def use(framework: str) -> None:
+    """From now on, in this process."""
+    sys.meta_path.append(Stubs(STUBS.get(framework, ())))
+
+
 if __name__ == "__main__":
     (framework,) = sys.argv[1:]
-    sys.meta_path.append(Stubs(STUBS.get(framework, ())))
+    use(framework)
     from fused_losses.adapters.__main__ import main
 
     sys.exit(main())
