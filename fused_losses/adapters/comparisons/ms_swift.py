@@ -24,14 +24,24 @@ BF16 = 2**-8  # a logit's gradient may be rounded to the other of two neighbours
 WHY = "gradients of bf16 logits are rounded to bf16, of numbers that differ by float32's rounding"
 
 
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "num_items_in_batch": {"num_items_in_batch": torch.tensor(70)},
+    "loss_scale": {"loss_scale": True},
+}
+TRAINED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "loss_scale": {"loss_scale": True},
+    "DFT": {"enable_dft_loss": True},
+    "DFT, loss_scale": {"enable_dft_loss": True, "loss_scale": True},
+    "two processes": {"num_processes": 2, "num_items_in_batch": torch.tensor(90)},
+}
+
+
 def comparisons() -> Iterator[Comparison]:
     for dtype in DTYPES:
         tolerance = (BF16, WHY) if dtype == "bf16" else (1e-5, "")
-        for case, options in {
-            "plain": {},
-            "num_items_in_batch": {"num_items_in_batch": torch.tensor(70)},
-            "loss_scale": {"loss_scale": True},
-        }.items():
+        for case, options in ARGUMENTS.items():
             yield Comparison(
                 "swift.loss.loss_map",
                 f"{case}, {dtype}",
@@ -47,13 +57,7 @@ def comparisons() -> Iterator[Comparison]:
                 partial(per_token, ours.per_token_loss_func, DTYPES[dtype], dft),
                 *tolerance,
             )
-    for case, options in {
-        "plain": {},
-        "loss_scale": {"loss_scale": True},
-        "DFT": {"enable_dft_loss": True},
-        "DFT, loss_scale": {"enable_dft_loss": True, "loss_scale": True},
-        "two processes": {"num_processes": 2, "num_items_in_batch": torch.tensor(90)},
-    }.items():
+    for case, options in TRAINED.items():
         yield Comparison(
             "swift.trainers.Seq2SeqTrainer.compute_loss",
             case,
