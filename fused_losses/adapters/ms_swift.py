@@ -63,13 +63,21 @@ class CrossEntropyLoss:
         """
         if unknown := kwargs.keys() - {"trainer"}:
             raise TypeError(f"{NAME} takes no {', '.join(sorted(unknown))}")
+        upstream = self._upstream() if num_items_in_batch is not None else 1
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != -100).sum()
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(_logits(outputs).device)
         if isinstance(loss_scale, Tensor) and loss_scale.dim() > 0:
             loss_scale = loss_scale.view(labels.shape)
-        return _loss(outputs, labels, self.dft, "sum", loss_scale, num_items_in_batch)
+        return _loss(outputs, labels, self.dft, "sum", loss_scale, num_items_in_batch, upstream)
+
+    def _upstream(self) -> int:
+        """What the trainer multiplies a loss by that is divided by the tokens of all processes."""
+        averaged = getattr(self.args, "average_tokens_across_devices", False)
+        if averaged and getattr(self.trainer, "model_accepts_loss_kwargs", False):
+            return int(self.trainer.accelerator.num_processes)
+        return 1
 
 
 def per_token_loss_func(outputs: Any, labels: Tensor, enable_dft_loss: bool = False, **kwargs: Any) -> Tensor:
@@ -99,6 +107,7 @@ def _loss(
     reduction: ReductionName,
     weights: Tensor | float | None = None,
     denominator: Tensor | float | None = None,
+    upstream: int = 1,
 ) -> Tensor:
     logits = _logits(outputs)
     successors = labels.roll(-1, -1).to(logits.device)
@@ -113,8 +122,11 @@ def _loss(
             weights=weights,
             reduction=reduction,
             denominator=denominator,
+            upstream=upstream,
         )
-    return losses.cross_entropy(logits, successors, weights=weights, reduction=reduction, denominator=denominator)
+    return losses.cross_entropy(
+        logits, successors, weights=weights, reduction=reduction, denominator=denominator, upstream=upstream
+    )
 
 
 def _logits(outputs: Any) -> Tensor:

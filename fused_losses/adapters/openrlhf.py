@@ -24,9 +24,7 @@ SURE = 1e-6  # probabilities of a divergence are at least this, and at most 1 le
 Five = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def log_probs_from_logits(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, *, inplace: bool = False
-) -> Tensor:
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0, *, inplace: bool = False) -> Tensor:
     """``openrlhf.models.utils.log_probs_from_logits``: (...) float32, of logits (..., V), which stay as they are.
 
     OpenRLHF's divides the logits by the temperature in place, and its logprobs of 16-bit logits have 16 bits.

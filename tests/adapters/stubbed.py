@@ -19,7 +19,7 @@ STUBS = {  # top-level packages, where they are not installed
         *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
         *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
     ),
-    "openrlhf": ("ray", "deepspeed", "peft", "ring_flash_attn", "pylatexenc"),
+    "openrlhf": ("ray", "deepspeed", "peft", "flash_attn", "ring_flash_attn", "pylatexenc"),
 }
 
 
