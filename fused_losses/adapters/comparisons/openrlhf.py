@@ -23,7 +23,7 @@ B, T, V = 4, 12, 997
 BF16 = 2**-7
 WHY = "theirs are logprobs of bf16, made from a log_softmax of bf16"
 MASK, CLIP = {"is_correction_mode": "mask"}, {"is_correction_mode": "clip"}
-RATIO, KL, TV = ({"is_correction_threshold": bounds} for bounds in ([0.8, 1.3], [0.0, 3e-3], [0.0, 0.03]))
+RATIO, KL, TV = ({"is_correction_threshold": bounds} for bounds in ([0.8, 1.3], [0.0, 3e-3], [0.0, 0.023]))
 
 POLICIES: dict[str, dict[str, Any]] = {
     "ppo": {},
