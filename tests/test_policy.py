@@ -361,7 +361,7 @@ def test_objective_of_the_user(backend, device):
 @pytest.mark.parametrize(
     "objective, inputs, error, message",
     [
-        ("reinforce", (), ValueError, "objective.*ppo.*reinforce"),
+        ("advantage", (), ValueError, "objective.*ppo.*advantage"),
         (3, (), TypeError, "objective.*int"),
         ("ppo", (-1.0,), ValueError, "ppo.*advantages"),
         ("ppo", (-1.0,) * 9, ValueError, "ppo.*9 inputs"),

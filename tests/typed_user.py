@@ -10,7 +10,18 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fused_losses
-from fused_losses import LinearHead, Outputs
+from fused_losses import LinearHead, Outputs, on_logprobs
+
+
+def of_logprobs(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, known_later: bool) -> None:
+    logprobs, entropy = fused_losses.logprobs(logits, targets, return_entropy=True)
+    loss = on_logprobs.ppo(logprobs, old_logprobs, advantages, entropy=entropy, entropy_coef=0.1, weights=advantages)
+    loss.backward()
+    assert_type(loss, Tensor)
+    loss, outputs = on_logprobs.gspo(logprobs.detach(), old_logprobs, 1.0, return_outputs=True)
+    assert_type(outputs.metrics["ratio_mean"], Tensor)
+    either = on_logprobs.policy_loss(logprobs.detach(), "dro", old_logprobs, 1.0, return_outputs=known_later)
+    assert_type(either, Tensor | tuple[Tensor, Outputs])
 
 
 def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature: Tensor, known_later: bool) -> None:
@@ -19,7 +30,7 @@ def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature:
     loss.backward()
     assert_type(loss, Tensor)
     loss.item()
-    loss, outputs = fused_losses.cross_entropy(logits, targets, reduction="sum", backend="auto", return_outputs=True)
+    loss, outputs = fused_losses.cross_entropy(logits, targets, reduction="sum", upstream=2.0, return_outputs=True)
     assert_type(loss, Tensor)
     assert_type(outputs, Outputs)
     assert_type(outputs.logprobs, Tensor)
@@ -149,6 +160,8 @@ def wrong(logits: Tensor, targets: Tensor, q: Tensor, A: Tensor) -> None:
     fused_losses.cross_entropy(logits, targets, reduction="avg")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     fused_losses.cross_entropy(logits, targets, backend="gpu")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     fused_losses.cross_entropy(logits, targets, return_outputs=True).backward()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    fused_losses.cross_entropy(logits, targets, upstream="2")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    on_logprobs.ppo(logits, q, A, temperature=0.9)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, weights=q)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, return_entropy=True).sum()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fused_losses.statistics(logits, targets, outputs=("argmax",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

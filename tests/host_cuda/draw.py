@@ -39,6 +39,9 @@ DRAWN = {
     "log_ratio_clamp": lambda rng, n: rng.uniform(0.5, 5.0, n),
     "dual_clip": lambda rng, n: rng.uniform(1.0, 3.0, n),
     "delta": lambda rng, n: rng.uniform(0.5, 4.0, n),
+    "divergence_low": lambda rng, n: 0.2,
+    "divergence_high": lambda rng, n: rng.uniform(0.01, 0.3, n),
+    "ratio_cap": lambda rng, n: rng.uniform(0.5, 4.0, n),
 }
 
 
