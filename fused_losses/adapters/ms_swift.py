@@ -111,20 +111,7 @@ def _loss(
 ) -> Tensor:
     logits = _logits(outputs)
     successors = labels.roll(-1, -1).to(logits.device)
-    if dft:  # cispo of the ratio to 0, which is p
-        return losses.cispo(
-            logits,
-            successors,
-            0.0,
-            1.0,
-            clip_low_threshold=0.0,
-            clip_high_threshold=1.0,
-            weights=weights,
-            reduction=reduction,
-            denominator=denominator,
-            upstream=upstream,
-        )
-    return losses.cross_entropy(
+    return (losses.dft if dft else losses.cross_entropy)(
         logits, successors, weights=weights, reduction=reduction, denominator=denominator, upstream=upstream
     )
 
