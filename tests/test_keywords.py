@@ -154,7 +154,7 @@ def test_defaults_in_docs(page, header, losses):
 
 @pytest.mark.parametrize(
     "page, header, count",
-    [("README.md", "| function | per token", 5), ("docs/policy.md", "| function | obj", len(POLICY))],
+    [("docs/losses.md", "| function | per token", 5), ("docs/policy.md", "| function | obj", len(POLICY))],
 )
 def test_reductions_and_bounds_in_docs(page, header, count):
     seen = set()
