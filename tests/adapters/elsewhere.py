@@ -21,6 +21,6 @@ def run(framework: str, *functions: Callable[[], None]) -> None:
     module = functions[0].__module__
     calls = "; ".join(f"{module}.{function.__name__}()" for function in functions)
     code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]; import stubbed; "
-    code += f"stubbed.use({framework!r}); import {module}; {calls}"
+    code += f"stubbed.stub({framework!r}); import {module}; {calls}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

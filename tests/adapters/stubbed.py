@@ -1,4 +1,5 @@
-"""``python tests/adapters/stubbed.py FRAMEWORK``: its table, where it is installed without what it depends on.
+"""``python tests/adapters/stubbed.py FRAMEWORK [TESTS.py]``: its table, or tests of it, where it is installed without
+what it depends on.
 
 Packages that the slots never call are stubs, and that for the whole process: so it is one of its own.
 """
@@ -7,19 +8,23 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
 
 STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
-    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping"),
+    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym"),
     "torchtitan": ("vllm",),
     "ms_swift": (
         *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
         *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
     ),
     "openrlhf": ("ray", "deepspeed", "peft", "flash_attn", "ring_flash_attn", "pylatexenc"),
+}
+BARE = {  # packages whose own __init__ is not run, as it imports what the slots do not need
+    "skyrl": ("skyrl.backends",),
 }
 
 
@@ -33,10 +38,17 @@ class Made(type):
 
 
 class Anything(metaclass=Made):
-    """Takes whatever it is made with; as a decorator it leaves what it decorates."""
+    """Takes whatever it is made with, or in brackets; as a decorator it leaves what it decorates."""
+
+    def __class_getitem__(cls, _: Any) -> type[Anything]:
+        return cls
 
     def __init__(self, *_: Any, **__: Any):
         self.made = True
+
+    def __bool__(self) -> bool:
+        """Asked whether it is there, or initialised: no."""
+        return False
 
     def __call__(self, *arguments: Any, **_: Any) -> Any:
         return arguments[0] if arguments and callable(arguments[0]) else Anything()
@@ -82,14 +94,30 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """It is empty."""
 
 
-def use(framework: str) -> None:
-    """From now on, in this process."""
+def stub(framework: str) -> None:
+    """For the rest of the process."""
     sys.meta_path.append(Stubs(STUBS.get(framework, ())))
+    bare(*BARE.get(framework, ()))
+
+
+def bare(*packages: str) -> None:
+    """Their modules can be imported, and they themselves are empty."""
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        package = ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules[name] = package
 
 
 if __name__ == "__main__":
-    (framework,) = sys.argv[1:]
-    use(framework)
+    framework, *tests = sys.argv[1:]
+    stub(framework)
+    if tests:
+        import pytest
+
+        sys.exit(pytest.main([*tests, "-p", "no:cacheprovider"]))
     from fused_losses.adapters.__main__ import main
 
+    sys.argv = [__file__, framework]
     sys.exit(main())
