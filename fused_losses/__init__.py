@@ -3,7 +3,7 @@
 import os as _os
 
 from . import aggregation, on_logprobs, reference
-from .compute import ComputeResult, compute, loss_fn
+from .adapters.tinker import ComputeResult, compute, loss_fn
 from .entropy_weights import entropy_weights
 from .importance_weights import (
     gated_importance_weights,

@@ -1,4 +1,4 @@
-"""The documentation runs: every python block of docs/ and README.md, in one namespace per file.
+"""The documentation runs: every python block of docs/**/*.md and README.md, in one namespace per file.
 
 A comment right before a block says otherwise: ``<!-- not run: why -->``; or ``<!-- needs: package -->``, which skips
 the rest of the file where that package is not installed.

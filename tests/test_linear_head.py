@@ -913,6 +913,25 @@ def test_compiled(host, mode, frozen):
 
 
 @HOSTS
+def test_compiled_statistics(host):
+    require(host)
+    torch._dynamo.reset()
+    given = given_of("logprobs", torch.device("cpu"))
+
+    def step(*inputs: Tensor) -> Tensor:
+        head = LinearHead(*inputs, chunk_bytes=chunk_bytes(2))
+        seen = fused_losses.statistics(head, given.target_tokens, backend=host)
+        return (seen.logprobs + 0.1 * seen.entropy).sum() + seen.log_sum_squares.sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = leaves_of(given)
+        function(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*results)
+
+
+@HOSTS
 def test_compiled_under_autocast(host):
     require(host)
     torch._dynamo.reset()

@@ -71,7 +71,7 @@ def complaints(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_every_page_is_there(site: Path) -> None:
     pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
-    pages |= {Path("index.html"), Path("contributing.html"), Path("examples.html")}
+    pages |= {Path(f"{name}.html") for name in ("index", "changelog", "contributing", "examples")}
     assert pages <= {path.relative_to(site) for path in site.rglob("*.html")}
 
 

@@ -74,6 +74,13 @@ def of_a_token(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages
     either = fused_losses.importance_sampling(logits, targets, old_logprobs, 1.0, return_outputs=known_later)
     assert_type(either, Tensor | tuple[Tensor, Outputs])
 
+    loss = fused_losses.reinforce(logits, targets, advantages, importance_weights=old_logprobs)
+    assert_type(loss, Tensor)
+    loss, outputs = fused_losses.dft(logits, targets, denominator=9.0, return_outputs=True)
+    assert_type(outputs, Outputs)
+    loss = fused_losses.dppo_kl(logits, targets, old_logprobs, 1.0, divergence_low=advantages, ratio_cap=3.0)
+    either = fused_losses.dppo_tv(logits, targets, old_logprobs, advantages, return_outputs=known_later)
+    assert_type(either, Tensor | tuple[Tensor, Outputs])
     loss = fused_losses.ppo(logits, targets, old_logprobs, 1.0, clip_low_threshold=0.8, dual_clip=advantages.abs() + 1)
     loss.backward()
     loss = fused_losses.ppo(
@@ -128,6 +135,8 @@ def of_a_sequence(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advanta
     either = fused_losses.gspo(logits, targets, old_logprobs, advantages, return_outputs=known_later)
     assert_type(either, Tensor | tuple[Tensor, Outputs])
 
+    loss = fused_losses.vespo(logits, targets, old_logprobs, advantages, k_positive=1.0, lambda_negative=advantages)
+    assert_type(loss, Tensor)
     loss = fused_losses.gmpo(logits, targets, old_logprobs, advantages, sequence_ratio_mask=advantages != 0)
     loss.backward()
     assert_type(loss, Tensor)
@@ -162,6 +171,8 @@ def wrong(logits: Tensor, targets: Tensor, q: Tensor, A: Tensor) -> None:
     fused_losses.cross_entropy(logits, targets, return_outputs=True).backward()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fused_losses.cross_entropy(logits, targets, upstream="2")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     on_logprobs.ppo(logits, q, A, temperature=0.9)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    fused_losses.reinforce(logits, targets, A, log_ratio_clamp=1.0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    fused_losses.dft(logits, targets, label_smoothing=0.1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, weights=q)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, return_entropy=True).sum()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fused_losses.statistics(logits, targets, outputs=("argmax",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -89,6 +89,15 @@ class Slots:
         )
 
 
+def rebind(package: str, old: Any, new: Any) -> None:
+    """Bind to ``new`` every name that is bound to ``old`` in the loaded modules of ``package``: those of a slot's value
+    that was imported by name."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key in [key for key, value in vars(module).items() if value is old]:
+                setattr(module, key, new)
+
+
 def installed(distribution: str) -> str | None:
     """The version, or None."""
     try:

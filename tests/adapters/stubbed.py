@@ -16,15 +16,28 @@ from typing import Any
 STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc", "peft"),
     "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym", "flash_attn", "peft"),
-    "torchtitan": ("spmd_types",),
-    "openrlhf": ("ray", "deepspeed", "loralib", "flash_attn", "ring_flash_attn", "optree"),
+    "torchtitan": ("vllm",),
+    "ms_swift": (
+        *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
+        *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
+    ),
+    "openrlhf": ("ray", "deepspeed", "peft", "flash_attn", "ring_flash_attn", "pylatexenc"),
 }
 BARE = {  # packages whose own __init__ is not run, as it imports what the slots do not need
     "skyrl": ("skyrl.backends",),
 }
 
 
-class Anything:
+class Made(type):
+    """Of classes: what a stub is asked for may be a module, from which things are then taken."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+class Anything(metaclass=Made):
     """Takes whatever it is made with, or in brackets; as a decorator it leaves what it decorates."""
 
     def __class_getitem__(cls, _: Any) -> type[Anything]:
@@ -44,6 +57,12 @@ class Anything:
         if name.startswith("__"):
             raise AttributeError(name)
         return Anything()
+
+    def __getitem__(self, _: Any) -> Any:
+        return Anything()
+
+    def __fspath__(self) -> str:
+        return "nowhere"
 
 
 class Stub(ModuleType):
