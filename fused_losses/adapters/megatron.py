@@ -182,7 +182,8 @@ def output_processor(
     It stands for the output layer, ``_scale_logits`` and ``compute_language_model_loss``, with tensor and sequence
     parallelism as the layer has them: the gradient of the hidden states is reduced over the ranks, or reduced and
     scattered along the sequence. dW goes the way of ordinary gradients: DistributedDataParallel adds it to
-    ``main_grad``, also where ``gradient_accumulation_fusion`` is on. Needed of what ``GPTModel`` hands over:
+    ``main_grad``, also where ``gradient_accumulation_fusion`` is on. What is not listed below is what ``GPTModel``
+    calls an output processor with.
 
     Args:
         hidden_states: (s, b, h), or (s / tp, b, h) under sequence parallelism.
