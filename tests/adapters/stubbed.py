@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 
 STUBS = {  # top-level packages, where they are not installed
-    "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
-    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym"),
+    "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc", "peft"),
+    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym", "flash_attn", "peft"),
     "torchtitan": ("vllm",),
     "ms_swift": (
         *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),

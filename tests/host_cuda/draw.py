@@ -294,7 +294,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
 
     logprobs = np.where(draw.reads & (draw.targets.T != IGNORE), logp, 0)
     logprobs_error = (small(logprobs) * (error + 3e-7 * np.abs(logprobs)) + SUBNORMAL) * draw.reads
-    entropy_error = 3 * error * np.where(leads, np.minimum(1, entropy), 1)
+    entropy_error = 3 * error * np.where(leads, np.minimum(1, entropy), 1) + SUBNORMAL
     if draw.plain:
         stats, rtol, atol, coefficients = stats[:3], rtol[:3], atol[:3], coefficients[:1]
         coefficients_error, logprobs, logprobs_error = coefficients_error[:1], logprobs[0], logprobs_error[0]
