@@ -2,7 +2,7 @@
 
 import os as _os
 
-from . import aggregation, reference
+from . import aggregation, on_logprobs, reference
 from .compute import ComputeResult, compute, loss_fn
 from .importance_weights import masked_importance_weights, truncated_importance_weights
 from .linear_head import LinearHead
@@ -49,6 +49,7 @@ __all__ = [
     "logprobs",
     "loss_fn",
     "masked_importance_weights",
+    "on_logprobs",
     "policy_loss",
     "ppo",
     "reference",

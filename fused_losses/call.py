@@ -125,14 +125,9 @@ def sapo(
     reduction: Reduction,
     how: How,
 ) -> Result:
-    checks.one_of("ratio_level", ratio_level, ("token", "sequence"))
-    checks.one_of("ratio_gradient", sequences.ratio_gradient, ("token", "sequence"))
-    if ratio_level == "token":
-        for name in ("cu_seqlens", "sequence_ratio_mask"):
-            if getattr(sequences, name) is not None:
-                raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
-        return policy("sapo", logits, target_tokens, columns, terms, transform, reduction, how)
-    return sequence_policy("sapo", logits, target_tokens, columns, sequences, terms, transform, reduction, how)
+    if checks.of_sequence(ratio_level, sequences):
+        return sequence_policy("sapo", logits, target_tokens, columns, sequences, terms, transform, reduction, how)
+    return policy("sapo", logits, target_tokens, columns, terms, transform, reduction, how)
 
 
 def policy_loss(
@@ -161,7 +156,7 @@ def policy_loss(
         how = how._replace(backend="triton")
     if OBJECTIVES.get(named.name) is not named:
         # Operators know objectives by name, and so only ours.
-        given = (*columns.values(), *transform, *reduction, *terms)
+        given = (*columns.values(), *transform, *reduction, *terms, how.upstream)
         watched = checks.watched(
             *_made_of(logits), target_tokens, *(value for value in given if isinstance(value, Tensor))
         )
@@ -279,6 +274,7 @@ def _run(
     how: How,
 ) -> Result:
     checks.backend(how.backend)
+    how = _expecting(how, reduction, logits)
     reduce = reduction.reduction != "none"
     if how.inplace:
         if isinstance(logits, Origin):
@@ -294,7 +290,16 @@ def _run(
         return loss
     seen = Logprobs(table)
     entropy = seen.entropy().view(logits.shape[:-1]) if problem.terms.entropy else None
-    return loss, Outputs(seen.targets().reshape(target_tokens.shape), entropy, Call(target_tokens, reduction, columns))
+    call = Call(target_tokens != reduction.ignore_index, reduction.weights, columns)
+    return loss, Outputs(seen.targets().reshape(target_tokens.shape), entropy, call)
+
+
+def _expecting(how: How, reduction: Reduction, logits: Tensor | Origin) -> How:
+    """With ``upstream`` as a column."""
+    upstream = checks.upstream(how.upstream, reduction.reduction, logits)
+    if how.validate:
+        checks.values_in_range({"upstream": upstream})
+    return how._replace(upstream=upstream)
 
 
 def _made_of(logits: Tensor | Origin) -> tuple[Tensor, ...]:
@@ -304,7 +309,7 @@ def _made_of(logits: Tensor | Origin) -> tuple[Tensor, ...]:
 
 def _stages(logits: Tensor | Origin, problem: Problem, how: How, reduce: bool) -> tuple[Tensor, Tensor]:
     source = _source(logits, problem, how)
-    return stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute)
+    return stages.run(source, _made_of(logits), problem, reduce=reduce, recompute=how.recompute, expected=how.upstream)
 
 
 def _rows_observed(logits: Tensor | Origin, problem: Problem, how: How) -> tuple[Tensor, ...]:
@@ -316,7 +321,7 @@ def _rows_observed(logits: Tensor | Origin, problem: Problem, how: How) -> tuple
             "tracers and tensor subclasses do not allow: pass inplace=False there"
         )
     if not problem.terms.entropy:
-        logp, _ = stages.run(source, inputs, problem, reduce=False, recompute=False)
+        logp, _ = stages.run(source, inputs, problem, reduce=False)
         return (logp,)
     if stages.wants_gradient(inputs):
         return stages.Observed.apply(source, problem, *inputs)
@@ -354,8 +359,8 @@ def _inputs(objective: Objective, columns: Columns, logits: Tensor | Origin) -> 
             inputs.append(math.inf)
             continue
         column = checks.column(name, value, logits)  # type: ignore[arg-type]
-        if name in objective.bounds and isinstance(column, float) and column < 0:
-            raise ValueError(f"{name} must be at least 0, got {column}")
+        if name in objective.bounds:
+            checks.bound(name, column)
         inputs.append(column)
     checks.clip(columns.get("clip_low_threshold"), columns.get("clip_high_threshold"))
     return tuple(inputs)
@@ -451,26 +456,24 @@ def _composed(
         "ref_logprobs": terms.ref_logprobs,
         "kl_coef": terms.kl_coef,
     }
-    for name, value in checked.items():
-        if value is not None or name in _NEVER_NONE:
-            checks.column(name, value, logits)  # type: ignore[arg-type]
-    checks.clip(columns.get("clip_low_threshold"), columns.get("clip_high_threshold"))
+    checks.columns(checked, logits, how.validate)
     if how.validate:
         checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
-        checks.values_in_range(checked)
+    _expecting(how, reduction, logits)  # which any upstream gradient is fine for
     checks.denominator(reduction.denominator, reduction.reduction, logits)
     if sequences.sequence_ratio_mask is not None:
         mask = active_tokens(sequences.sequence_ratio_mask, target_tokens, "sequence_ratio_mask")
         sequences = sequences._replace(sequence_ratio_mask=mask)
 
-    def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        seen = logprobs(logits, target_tokens, transform, ignore_index, False, how.backend, with_entropy)
+    def read(tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        shown = target_tokens if tokens is None else target_tokens.masked_fill(~tokens, ignore_index)
+        seen = logprobs(logits, shown, transform, ignore_index, False, how.backend, with_entropy)
         return seen if isinstance(seen, tuple) else (seen, None)
 
     return composition.composed(
         read,
         objective,
-        target_tokens,
+        target_tokens != ignore_index,
         {"log_ratio_clamp": terms.log_ratio_clamp, **columns},
         sequences,
         terms,
@@ -479,7 +482,3 @@ def _composed(
         return_outputs=how.return_outputs,
         derivatives_by_hand=True,
     )
-
-
-# None is the default of some columns; of these it is an error that names them.
-_NEVER_NONE = ("old_logprobs", "advantages")

@@ -16,7 +16,7 @@ from .backends import NAMES
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
 from .origin import Origin
-from .problem import BackendName, Column, Problem, StatisticName
+from .problem import BackendName, Column, Problem, Sequences, StatisticName
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -188,8 +188,11 @@ def logits_and_targets(
     return logits, target_tokens if target_tokens.is_contiguous() else target_tokens.contiguous()
 
 
-def column(name: str, value: Tensor | float, logits: Tensor | Origin) -> Column:
-    """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0."""
+def column(name: str, value: Tensor | float, logits: Tensor | Origin, beside: str = "logits") -> Column:
+    """A per-token input as a float, or as a float32 tensor of shape (N,) whose stride may be 0.
+
+    beside: what ``logits`` are called, which only lend their shape, without the last dimension, and device.
+    """
     if not isinstance(value, Tensor):
         return number(name, value, " or a tensor")
     value = plain(name, value, logits)
@@ -197,7 +200,7 @@ def column(name: str, value: Tensor | float, logits: Tensor | Origin) -> Column:
         if value.dtype not in (_COLUMN_DTYPES + _MASK_DTYPES if name in MASKS else _COLUMN_DTYPES):
             raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
         value = value.detach().to(torch.float32)
-    _same_device(name, value, logits.device)
+    _same_device(name, value, logits.device, beside)
     shape = logits.shape[:-1]
     if value.shape != shape:
         try:
@@ -207,6 +210,22 @@ def column(name: str, value: Tensor | float, logits: Tensor | Origin) -> Column:
                 f"{name} must broadcast to the tokens' shape {tuple(shape)}, got {tuple(value.shape)}"
             ) from None
     return value if value.dim() == 1 else value.reshape(-1)
+
+
+def columns(
+    given: Mapping[str, Column | None], logits: Tensor | Origin, validate: bool, beside: str = "logits"
+) -> None:
+    """What a loss takes that is composed of torch operations, and that these bring to its tokens by themselves."""
+    for name, value in given.items():
+        if value is not None or name in _NEVER_NONE:
+            column(name, value, logits, beside)  # type: ignore[arg-type]
+    clip(given.get("clip_low_threshold"), given.get("clip_high_threshold"))
+    if validate:
+        values_in_range(given)
+
+
+# None is the default of some columns; of these it is an error that names them.
+_NEVER_NONE = ("old_logprobs", "advantages")
 
 
 def clip(low: Column | None, high: Column | None) -> None:
@@ -230,6 +249,42 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor | O
         raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
     _same_device("denominator", value, logits.device)
     return value.detach().to(torch.float32)
+
+
+def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> Column:
+    """What a reduced loss's gradient will be multiplied by: a number, or 0-d float32."""
+    if not isinstance(value, Tensor):
+        number_ = number("upstream", value, " or a tensor")
+        if reduction == "none" and number_ != 1.0:
+            raise ValueError(f'upstream is of one reduced loss: reduction is "none", upstream {number_}')
+        return number_
+    if reduction == "none":
+        raise ValueError('upstream is of one reduced loss: reduction is "none", upstream a tensor')
+    value = plain("upstream", value, logits)
+    if value.dim() != 0:
+        raise ValueError(f"upstream must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"upstream must be a number or a float tensor, got {value.dtype}")
+    _same_device("upstream", value, logits.device)
+    return value.detach().to(torch.float32)
+
+
+def of_sequence(ratio_level: str, sequences: Sequences) -> bool:
+    """Whether the ratio is a sequence's; one that is a token's has no sequence to be made of."""
+    one_of("ratio_level", ratio_level, ("token", "sequence"))
+    one_of("ratio_gradient", sequences.ratio_gradient, ("token", "sequence"))
+    if ratio_level == "sequence":
+        return True
+    for name in ("cu_seqlens", "sequence_ratio_mask"):
+        if getattr(sequences, name) is not None:
+            raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
+    return False
+
+
+def bound(name: str, value: Column | None) -> None:
+    """Of an objective, as far as the host knows it."""
+    if isinstance(value, float | int) and value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -329,7 +384,7 @@ def values_in_range(columns: Mapping[str, Column | None]) -> None:
         if key in FINITE:
             good = good & (value != math.inf)
         if not good.all():
-            raise ValueError(f"{key} must be {_at_least(key)} at every token")
+            raise ValueError(f"{key} must be {_at_least(key)}{' at every token' if value.dim() else ''}")
     low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         in_order = True if low is None or high is None else low <= high
@@ -401,6 +456,6 @@ def _digits(number: int) -> str:
     return str(number) if number.bit_length() < 1000 else f"an integer of {number.bit_length()} bits"
 
 
-def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def _same_device(name: str, tensor: Tensor, device: torch.device, beside: str = "logits") -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of logits, {device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {beside}, {device}, got {tensor.device}")

@@ -26,18 +26,17 @@ Columns = Mapping[str, Column | None]  # by name; None: a limit that is not in u
 
 
 class Read(Protocol):
-    def __call__(self, target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """(logprobs of the targets, entropy if asked for); 0 where a target is ignored."""
+    def __call__(self, tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """(logprobs of the targets, entropy if asked for). tokens: those that are looked at; None: all."""
 
 
 class Tokens(NamedTuple):
     """What an objective may look at beside the logprobs."""
 
-    target_tokens: Tensor
-    active: Tensor
+    present: Tensor  # whose target is not ignored
+    active: Tensor  # and whose weight is not 0
     columns: Columns
     sequences: Sequences
-    ignore_index: int
 
     def column(self, name: str, logp: Tensor) -> Tensor:
         value = self.columns.get(name)
@@ -50,7 +49,7 @@ class Tokens(NamedTuple):
     def in_ratio(self) -> Tensor:
         """The tokens that a sequence's ratio is made of."""
         mask = self.sequences.sequence_ratio_mask
-        return self.active if mask is None else (mask != 0) & (self.target_tokens != self.ignore_index)
+        return self.active if mask is None else (mask != 0) & self.present
 
 
 PerToken = Callable[[Tensor, Tokens], Tensor]  # logp -> the loss of each token, or one 0-d loss
@@ -181,7 +180,7 @@ def named(objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any,
 def composed(
     read: Read,
     objective: PerToken,
-    target_tokens: Tensor,
+    present: Tensor,
     columns: Columns,
     sequences: Sequences,
     terms: PolicyTerms,
@@ -193,19 +192,17 @@ def composed(
 ) -> Tensor | tuple[Tensor, Outputs]:
     """The loss, from the logprobs and the entropy that ``read`` gives.
 
-    columns: the objective's. sequence_ratio: whether the loss's ratio is that of a token's sequence.
+    present: bool, the tokens whose target is not ignored. columns: the objective's.
+    sequence_ratio: whether the loss's ratio is that of a token's sequence.
     derivatives_by_hand: of the KL, as the kernels have them; else those of autograd, for the reference.
     """
     wanted = asked(terms)
     if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
         raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
-    active = target_tokens != reduction.ignore_index
-    if reduction.weights is not None:
-        active = active & (reduction.weights != 0)
-    tokens = Tokens(target_tokens, active, columns, sequences, reduction.ignore_index)
+    active = present if reduction.weights is None else present & (reduction.weights != 0)
+    tokens = Tokens(present, active, columns, sequences)
     seen = active | tokens.in_ratio()
-    asked_tokens = target_tokens if return_outputs else target_tokens.masked_fill(~seen, reduction.ignore_index)
-    logp, entropy = read(asked_tokens, wanted.entropy)
+    logp, entropy = read(None if return_outputs else seen, wanted.entropy)
 
     # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
     def masked(name: str, value: Column) -> Tensor:
@@ -234,7 +231,7 @@ def composed(
     per_token = torch.zeros_like(logp)
     if not whole_batch:
         per_token = times(1.0 if terms.importance_weights is None else terms.importance_weights, value)
-    if entropy is not None:
+    if wanted.entropy and entropy is not None:
         per_token = per_token - times(terms.entropy_coef, torch.where(active, entropy, 0.0))
     if wanted.kl:
         x = torch.where(active, logp, 0.0)
@@ -253,7 +250,7 @@ def composed(
     if not return_outputs:
         return loss
     of_sequence = sequence_log_ratio(torch.where(seen, logp.detach(), 0.0), tokens) if sequence_ratio else None
-    call = Call(target_tokens, reduction, columns, of_sequence)
+    call = Call(present, reduction.weights, columns, of_sequence)
     return loss, Outputs(logp.detach(), None if entropy is None else entropy.detach(), call)
 
 

@@ -1,7 +1,8 @@
 """Every keyword of the losses once, and every loss as a choice of them: signatures, defaults, bounds, docstrings.
 
-``losses.py`` is written from this by ``tools/write_losses.py``, :mod:`fused_losses.reference` binds its arguments with
-:func:`signature`, and the checks take their bounds from the tables at the end. It imports nothing of the package.
+``losses.py`` and ``on_logprobs.py`` are written from this by ``tools/write_losses.py``, :mod:`fused_losses.reference`
+binds its arguments with :func:`signature`, and the checks take their bounds from the tables at the end. It imports
+nothing of the package.
 """
 
 from __future__ import annotations
@@ -322,6 +323,19 @@ _TABLE = (
         group="How",
     ),
     Keyword(
+        "upstream",
+        "Tensor | float",
+        1.0,
+        """number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not 1: the
+        loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the gradient
+        for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over what was
+        expected, touches no memory where the two agree. The loss is the same. Default {upstream}.""",
+        group="How",
+        least=0.0,
+        reached=False,
+        finite=True,
+    ),
+    Keyword(
         "backend",
         "BackendName",
         "auto",
@@ -345,6 +359,21 @@ _TABLE = (
         where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in use;
         ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.""",
         group="How",
+    ),
+    # ---- Of losses on logprobs ----
+    Keyword(
+        "logprobs",
+        "Tensor",
+        REQUIRED,
+        """(...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained. With
+        16 bits they are brought to float32.""",
+    ),
+    Keyword(
+        "entropy",
+        "Tensor | None",
+        None,
+        """(...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+        Default {entropy}.""",
     ),
     # ---- Of logprobs ----
     Keyword(
@@ -579,21 +608,80 @@ _FUNCTIONS = (
 )
 LOSSES = {loss.name: loss for loss in _FUNCTIONS}
 
+# ---- The same on logprobs ----
 
-def defaults(loss: str) -> dict[str, object]:
+_OF_LOGITS = (*_ROWS, "label_smoothing", "z_loss", *_TRANSFORM, "ignore_index", "inplace", "recompute", "upstream")
+_HEADS_ON_LOGPROBS = {
+    "cross_entropy": "Cross entropy: ``-logp``, the negative log likelihood of tokens whose logprobs are known.",
+}
+_WORDS_ON_LOGPROBS = {
+    "objective": """what maps ``logprobs`` and ``inputs`` to the loss:
+
+        * a function ``f(logp, *inputs)`` of torch operations, which returns the loss of each token, (...), or one 0-d
+        loss of the whole batch, which weights, reduction and denominator then leave as it is. ``inputs`` are handed
+        over as they are. At tokens of weight 0, logp is 0 and nothing flows back.
+
+        * an :class:`Objective`. ``inputs`` are its columns, in order: numbers, or tensors broadcastable to (...).
+
+        * the name of one of ours: {names}. ``inputs`` are its columns in the order of the loss's own arguments; bounds
+        that are left out have the loss's defaults.""",
+    "ratio_level": """"token"; or "sequence", r being the ratio of :func:`gspo`, also where it weights the KL.
+        Default {ratio_level}.""",
+    "sequence_ratio_mask": """broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+        Default {sequence_ratio_mask}: those of a weight other than 0.""",
+    "entropy_coef": """number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss.
+        Default {entropy_coef}.""",
+    "weights": """per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+        loss and gradient are exactly 0, whatever its logprob is. Default {weights}: 1.""",
+    "reduction": """"sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+        per token.""",
+    "validate": """check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+        its own token NaN and no other.""",
+    "return_outputs": """return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+        detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.""",
+}
+
+
+def _on_logprobs(loss: Loss) -> Loss:
+    keywords: list[str] = ["logprobs"]
+    for name in loss.keywords:
+        if name == "entropy_coef":
+            keywords.append("entropy")
+        if name not in (*_OF_LOGITS, "backend"):
+            keywords.append(name)
+    more = {name: words for name, words in loss.more.items() if name not in _OF_LOGITS}
+    return loss._replace(
+        head=_HEADS_ON_LOGPROBS.get(loss.name, loss.head),
+        keywords=tuple(keywords),
+        words={**loss.words, **_WORDS_ON_LOGPROBS},
+        more=more,
+        returns="""The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with
+        ``return_outputs`` the pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other
+        inputs are constants.""",
+        raises={"TypeError, ValueError": _WRONG},
+    )
+
+
+ON_LOGPROBS = {loss.name: _on_logprobs(loss) for loss in _FUNCTIONS if loss.flag == "return_outputs"}
+
+
+# ---- Signatures ----
+
+
+def defaults(loss: str, table: Mapping[str, Loss] = LOSSES) -> dict[str, object]:
     """Of all keywords of the loss that have one."""
-    given = {name: KEYWORDS[name].default for name in LOSSES[loss].keywords} | dict(LOSSES[loss].defaults)
+    given = {name: KEYWORDS[name].default for name in table[loss].keywords} | dict(table[loss].defaults)
     return {name: default for name, default in given.items() if default is not REQUIRED}
 
 
-def signature(loss: str) -> inspect.Signature:
+def signature(loss: str, table: Mapping[str, Loss] = LOSSES) -> inspect.Signature:
     """That of the public function, its annotations as text."""
     position, rest, keyword_only = (
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.VAR_POSITIONAL,
         inspect.Parameter.KEYWORD_ONLY,
     )
-    given = defaults(loss)
+    given = defaults(loss, table)
     parameters = [
         inspect.Parameter(
             name,
@@ -601,9 +689,9 @@ def signature(loss: str) -> inspect.Signature:
             default=given.get(name, REQUIRED),
             annotation=KEYWORDS[name].type,
         )
-        for name in LOSSES[loss].keywords
+        for name in table[loss].keywords
     ]
-    function = LOSSES[loss]
+    function = table[loss]
     returned = f"Tensor | tuple[Tensor, {function.second}]" if function.flag else function.second
     return inspect.Signature(parameters, return_annotation=returned)
 
@@ -613,9 +701,9 @@ def signature(loss: str) -> inspect.Signature:
 _WIDTH = 116  # of the text in a function's docstring, whose lines begin at 4
 
 
-def docstring(loss: str) -> str:
+def docstring(loss: str, table: Mapping[str, Loss] = LOSSES) -> str:
     """That of the public function, as :func:`inspect.getdoc` gives it."""
-    function, shown = LOSSES[loss], {name: _shown(default) for name, default in defaults(loss).items()}
+    function, shown = table[loss], {name: _shown(default) for name, default in defaults(loss, table).items()}
     names = [f'"{other.name}"' for other in _FUNCTIONS if other.call in ("policy", "sapo")]
     shown["names"] = f"{', '.join(names[:-1])} or {names[-1]}"
     entries: list[tuple[str, str]] = []

@@ -48,6 +48,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -68,6 +69,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -88,6 +90,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -107,6 +110,7 @@ def cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -141,6 +145,10 @@ def cross_entropy(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -164,7 +172,14 @@ def cross_entropy(
         z_loss,
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -191,6 +206,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -218,6 +234,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -245,6 +262,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -271,6 +289,7 @@ def importance_sampling(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -312,6 +331,10 @@ def importance_sampling(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -344,7 +367,14 @@ def importance_sampling(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -375,6 +405,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -406,6 +437,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -437,6 +469,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -467,6 +500,7 @@ def ppo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -515,6 +549,10 @@ def ppo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -554,7 +592,14 @@ def ppo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -583,6 +628,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -612,6 +658,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -641,6 +688,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -669,6 +717,7 @@ def cispo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -712,6 +761,10 @@ def cispo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -749,7 +802,14 @@ def cispo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -777,6 +837,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -805,6 +866,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -833,6 +895,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -860,6 +923,7 @@ def dro(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -903,6 +967,10 @@ def dro(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -935,7 +1003,14 @@ def dro(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -968,6 +1043,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1001,6 +1077,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1034,6 +1111,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1066,6 +1144,7 @@ def sapo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1116,6 +1195,10 @@ def sapo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1154,7 +1237,14 @@ def sapo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1188,6 +1278,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1222,6 +1313,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1256,6 +1348,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1289,6 +1382,7 @@ def gspo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1340,6 +1434,10 @@ def gspo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1380,7 +1478,14 @@ def gspo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1411,6 +1516,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1442,6 +1548,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1473,6 +1580,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1503,6 +1611,7 @@ def gmpo(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1553,6 +1662,10 @@ def gmpo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1591,7 +1704,14 @@ def gmpo(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 
@@ -1617,6 +1737,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[False] = False,
@@ -1643,6 +1764,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: Literal[True],
@@ -1669,6 +1791,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool,
@@ -1694,6 +1817,7 @@ def policy_loss(
     ignore_index: int = -100,
     inplace: bool = False,
     recompute: bool = False,
+    upstream: Tensor | float = 1.0,
     backend: BackendName = "auto",
     validate: bool = False,
     return_outputs: bool = False,
@@ -1742,6 +1866,10 @@ def policy_loss(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1774,7 +1902,14 @@ def policy_loss(
         ),
         Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
         Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
-        How(inplace=inplace, recompute=recompute, backend=backend, validate=validate, return_outputs=return_outputs),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
     )
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .objectives import constant
-from .problem import Column, Reduction
+from .problem import Column
 
 
 class Call(NamedTuple):
     """The arguments of a call that its metrics are made of."""
 
-    target_tokens: Tensor
-    reduction: Reduction
+    present: Tensor  # bool: the tokens whose target is not ignored
+    weights: Column | None
     columns: Mapping[str, Column | None]  # the objective's, by name
     log_ratio: Tensor | None = None  # where it is not that of the token: of its sequence
 
@@ -57,8 +57,7 @@ class Outputs(NamedTuple):
 
     def _metrics(self) -> dict[str, Tensor]:
         assert self.call is not None
-        weights, columns, of_sequence = self.call.reduction.weights, self.call.columns, self.call.log_ratio
-        active = self.call.target_tokens != self.call.reduction.ignore_index
+        active, weights, columns, of_sequence = self.call
         if weights is not None:
             active = active & (weights != 0)
         tokens = active.sum().float()

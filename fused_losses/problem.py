@@ -55,6 +55,7 @@ class How(NamedTuple):
 
     inplace: bool = False
     recompute: bool = False
+    upstream: Tensor | float = 1.0
     backend: BackendName = "auto"
     validate: bool = False
     return_outputs: bool = False

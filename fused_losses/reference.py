@@ -178,18 +178,22 @@ def _of_objective(objective: Objective, given: _Asked) -> Any:
     with torch.no_grad():
         seen = token_stats(given.logits, given.target_tokens, given.transform, given.reduction.ignore_index)
     entropy = seen.entropy if objective.inputs and asked(given.terms).entropy else None
-    return loss, Outputs(seen.logp, entropy, Call(given.target_tokens, given.reduction, given.columns))
+    call = Call(given.target_tokens != given.reduction.ignore_index, given.reduction.weights, given.columns)
+    return loss, Outputs(seen.logp, entropy, call)
 
 
 def _composed(objective: PerToken, given: _Asked, columns: dict[str, Any], sequence_ratio: bool = False) -> Any:
-    def read(target_tokens: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        seen = token_stats(given.logits, target_tokens, given.transform, given.reduction.ignore_index)
+    ignore_index = given.reduction.ignore_index
+
+    def read(tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        shown = given.target_tokens if tokens is None else given.target_tokens.masked_fill(~tokens, ignore_index)
+        seen = token_stats(given.logits, shown, given.transform, ignore_index)
         return seen.logp, seen.entropy if with_entropy else None
 
     return composition.composed(
         read,
         objective,
-        given.target_tokens,
+        given.target_tokens != ignore_index,
         {"log_ratio_clamp": given.terms.log_ratio_clamp, **columns},
         given.sequences,
         given.terms,

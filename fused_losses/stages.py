@@ -1,7 +1,8 @@
 """The ways of joining the stages under autograd, for any source of logits.
 
-One pass: forward makes the gradient for an upstream gradient of 1, and backward scales it. Two phase: forward keeps the
-source's tensors and a few numbers per token, backward makes the gradient for whatever comes from upstream.
+One pass: forward makes the gradient for the upstream gradient that is expected, and backward scales it. Two phase:
+forward keeps the source's tensors and a few numbers per token, backward makes the gradient for whatever comes from
+upstream.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks
-from .problem import Coefficients, Problem, Stats, Targets, Transform
+from .backends.eager import BACKEND as EAGER
+from .problem import Coefficients, Column, Problem, Stats, Targets, Transform
 from .terms import times
 
 
@@ -72,15 +74,24 @@ class RowByRowSource(Source, Protocol):
 
 
 def run(
-    source: Source, inputs: tuple[Tensor, ...], problem: Problem, *, reduce: bool, recompute: bool
+    source: Source,
+    inputs: tuple[Tensor, ...],
+    problem: Problem,
+    *,
+    reduce: bool,
+    recompute: bool = False,
+    expected: Column = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, logprobs): in one pass, in two phases, or forward only where nobody wants a gradient."""
+    """(loss, logprobs): in one pass, in two phases, or forward only where nobody wants a gradient.
+
+    expected: the upstream gradient of a reduced loss, as far as the caller knows.
+    """
     if not wants_gradient(inputs):
         seen = source.forward(inputs, problem, reduce)
         return seen.loss, seen.logprobs
     ways = source.ways()
     if reduce and ways.one_pass and not recompute:
-        return OnePass.apply(source, problem, *inputs)
+        return OnePass.apply(source, problem, expected, *inputs)
     if not reduce and ways.row_by_row and not recompute:
         return RowByRow.apply(source, problem, *inputs)
     return TwoPhase.apply(source, problem, reduce, *inputs)
@@ -103,11 +114,18 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OnePass(torch.autograd.Function):
-    """apply(source, problem, *inputs) -> (loss, logprobs)"""
+    """apply(source, problem, expected, *inputs) -> (loss, logprobs)"""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, problem: Problem, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
+    def forward(ctx: Any, source: Source, problem: Problem, expected: Column, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.expected = None if isinstance(expected, float) and expected == 1.0 else expected
+        if ctx.expected is None:
+            loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
+        else:  # loss and gradient have one divisor
+            divisor = EAGER.normaliser(problem) if problem.denominator is None else problem.denominator
+            problem = problem._replace(denominator=_as_float32(divisor / expected))
+            loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
+            loss = loss / expected
         # Attributes, not save_for_backward: they have to be gone after the first backward, retain_graph or not, as
         # scaling them a second time would be silently wrong.
         ctx.gradients, ctx.source = gradients, source
@@ -132,11 +150,12 @@ class OnePass(torch.autograd.Function):
                 "by an inplace operation (another loss with inplace=True is one). Pass inplace=False, or a copy."
             )
         if upstream is None:
-            return None, None, *(None for _ in gradients)
+            return None, None, None, *(None for _ in gradients)
         ctx.gradients = None
         made = next(gradient for gradient in gradients if gradient is not None)
-        ctx.source.scale(gradients, _upstream(upstream, made))
-        return None, None, *gradients
+        upstream = _upstream(upstream, made)
+        ctx.source.scale(gradients, upstream if ctx.expected is None else upstream / ctx.expected)
+        return None, None, None, *gradients
 
 
 class RowByRow(torch.autograd.Function):
@@ -257,6 +276,10 @@ def _kept(ctx: Any) -> _Kept:
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
     # a graph that is being traced has its own order of what modifies a tensor
     return None if torch.compiler.is_compiling() else [t._version for t in tensors if t is not None]
+
+
+def _as_float32(column: Column) -> Column:
+    return column.float() if isinstance(column, Tensor) else column
 
 
 def _upstream(upstream: Tensor, beside: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Write fused_losses/losses.py from fused_losses/keywords.py.
+"""Write fused_losses/losses.py and on_logprobs.py from fused_losses/keywords.py.
 
-    python tools/write_losses.py            writes it
-    python tools/write_losses.py --check    fails if it is not what would be written
+    python tools/write_losses.py            writes them
+    python tools/write_losses.py --check    fails if they are not what would be written
 
 Signatures and docstrings are whole in the written file, so that editors and type checkers, which run nothing, see them.
 """
@@ -11,15 +11,17 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fused_losses"
 sys.path.insert(0, str(PACKAGE))  # not the package: its losses.py may be missing or broken
 
-from keywords import KEYWORDS, LOSSES, Loss, docstring, signature  # noqa: E402
+from keywords import KEYWORDS, LOSSES, ON_LOGPROBS, Loss, docstring, signature  # noqa: E402
 
 COMMAND = "python tools/write_losses.py"
-HEAD = f'''# Written by tools/write_losses.py from fused_losses/keywords.py. Change that, then run: {COMMAND}
+WRITTEN = f"# Written by tools/write_losses.py from fused_losses/keywords.py. Change that, then run: {COMMAND}"
+HEAD = f'''{WRITTEN}
 """The public losses.
 
 Each is three stages: statistics of the vocabulary per token, a small objective per token, the gradient of the logits
@@ -52,39 +54,62 @@ from .problem import (
 )
 from .vocab_shard import VocabShard
 '''
+HEAD_ON_LOGPROBS = f'''{WRITTEN}
+"""The losses for callers that have logprobs already, as the loss functions that trainers register do.
+
+    from fused_losses import on_logprobs
+
+    loss = on_logprobs.ppo(logprobs, old_logprobs, advantages, weights=mask)
+
+The same objectives, keywords, defaults and metrics as those of the losses on logits, less what is about logits. They
+are differentiable through ``logprobs`` and ``entropy``, and composed of torch operations on one number per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from . import from_logprobs
+from .objectives import Objective
+from .outputs import Outputs
+from .problem import How, KlType, PolicyTerms, RatioGradient, Reduction, ReductionName, Sequences
+'''
 GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
 BY_NAME = ("policy", "sequence_policy")  # functions of call.py that serve several losses
 OF_ROWS = ("ignore_index", "inplace", "backend")
 WIDTH = 120
 
 
-def function(loss: Loss) -> str:
+def function(loss: Loss, table: Mapping[str, Loss] = LOSSES, module: str = "call") -> str:
     """Overloads for a flag that is False, True or not known, on which it depends whether the result is a pair; body."""
     pair = f"tuple[Tensor, {loss.second}]"
-    documented = textwrap.indent(f'"""{docstring(loss.name)}\n"""', "    ")
-    called = block(f"call.{loss.call}(", arguments(loss), ")", 4)
+    documented = textwrap.indent(f'"""{docstring(loss.name, table)}\n"""', "    ")
+    called = block(f"{module}.{loss.call}(", arguments(loss), ")", 4)
     if not loss.flag:
-        return f"""{head(loss, "")} -> {loss.second}:
+        return f"""{head(loss, table, "")} -> {loss.second}:
 {documented}
     return {called}
 """
     return f"""@overload
-{head(loss, "Literal[False]", default=True)} -> Tensor: ...
+{head(loss, table, "Literal[False]", default=True)} -> Tensor: ...
 @overload
-{head(loss, "Literal[True]")} -> {pair}: ...
+{head(loss, table, "Literal[True]")} -> {pair}: ...
 @overload
-{head(loss, "bool")} -> Tensor | {pair}: ...
-{head(loss, "bool", default=True)} -> Tensor | {pair}:
+{head(loss, table, "bool")} -> Tensor | {pair}: ...
+{head(loss, table, "bool", default=True)} -> Tensor | {pair}:
 {documented}
     return {called}
 """
 
 
-def head(loss: Loss, flag: str, default: bool = False) -> str:
+def head(loss: Loss, table: Mapping[str, Loss], flag: str, default: bool = False) -> str:
     """``def name(...)``, the flag being of that type and, unless ``default``, to be given."""
     parameters = [
         p if p.name != loss.flag else p.replace(annotation=flag, default=p.default if default else p.empty)
-        for p in signature(loss.name).parameters.values()
+        for p in signature(loss.name, table).parameters.values()
     ]
     kinds = [p.kind for p in parameters]
     lines = [parameter(p) for p in parameters]
@@ -138,14 +163,20 @@ def block(opening: str, items: list[str], closing: str, indent: int) -> str:
 
 
 def main() -> int:
-    path = PACKAGE / "losses.py"
-    text = "\n\n".join((HEAD, *map(function, LOSSES.values())))
-    if "--check" not in sys.argv:
-        path.write_text(text)
-    elif not path.exists() or path.read_text() != text:
-        print(f"{path} is not what fused_losses/keywords.py says. Run: {COMMAND}", file=sys.stderr)
-        return 1
-    return 0
+    on_logprobs = [function(loss, ON_LOGPROBS, "from_logprobs") for loss in ON_LOGPROBS.values()]
+    written = {
+        "losses.py": (HEAD, *map(function, LOSSES.values())),
+        "on_logprobs.py": (HEAD_ON_LOGPROBS, *on_logprobs),
+    }
+    wrong = 0
+    for name, parts in written.items():
+        path, text = PACKAGE / name, "\n\n".join(parts)
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path} is not what fused_losses/keywords.py says. Run: {COMMAND}", file=sys.stderr)
+            wrong = 1
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1370 @@
+# Written by tools/write_losses.py from fused_losses/keywords.py. Change that, then run: python tools/write_losses.py
+"""The losses for callers that have logprobs already, as the loss functions that trainers register do.
+
+    from fused_losses import on_logprobs
+
+    loss = on_logprobs.ppo(logprobs, old_logprobs, advantages, weights=mask)
+
+The same objectives, keywords, defaults and metrics as those of the losses on logits, less what is about logits. They
+are differentiable through ``logprobs`` and ``entropy``, and composed of torch operations on one number per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from . import from_logprobs
+from .objectives import Objective
+from .outputs import Outputs
+from .problem import How, KlType, PolicyTerms, RatioGradient, Reduction, ReductionName, Sequences
+
+
+@overload
+def cross_entropy(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def cross_entropy(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def cross_entropy(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Cross entropy: ``-logp``, the negative log likelihood of tokens whose logprobs are known.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.cross_entropy(
+        logprobs,
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def importance_sampling(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def importance_sampling(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def importance_sampling(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def importance_sampling(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Importance-sampled policy gradient: ``-r A``, with ``r = exp(logp - old_logprobs)``.
+
+    The policy gradient for samples of another policy, corrected by the ratio of the two. Degris, White and Sutton,
+    "Off-Policy Actor-Critic", 2012, https://arxiv.org/abs/1205.4839.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "importance_sampling",
+        logprobs,
+        {"old_logprobs": old_logprobs, "advantages": advantages},
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def ppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Clipped policy gradient: ``-min(r A, clamp(r, low, high) A)``, with ``r = exp(logp - old_logprobs)``.
+
+    A clipped token (A > 0 and r > high, or A < 0 and r < low) has gradient exactly 0; at r equal to a bound the
+    gradient flows. Schulman et al., "Proximal Policy Optimization Algorithms", 2017, https://arxiv.org/abs/1707.06347.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
+            tensors. Default 0.8 and 1.2.
+        dual_clip: at A < 0 the loss is at most ``-dual_clip * A``; a number or a per-token tensor, at least 1. Ye et
+            al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", 2019,
+            https://arxiv.org/abs/1912.09729. Default None: no such bound.
+        delta: the unclipped r is replaced by min(r, delta), for either sign of A; a number or a per-token tensor, at
+            least 0. Prime Intellect, "INTELLECT-2", 2025, https://arxiv.org/abs/2505.07291. Default None.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "ppo",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "clip_low_threshold": clip_low_threshold,
+            "clip_high_threshold": clip_high_threshold,
+            "dual_clip": dual_clip,
+            "delta": delta,
+        },
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Clipped importance weights: ``-sg(clamp(r, low, high)) logp A``, with ``r = exp(logp - old_logprobs)``.
+
+    sg stops the gradient: the clipped ratio is a weight, and every token keeps a gradient. MiniMax, "MiniMax-M1:
+    Scaling Test-Time Compute Efficiently with Lightning Attention", 2025, https://arxiv.org/abs/2506.13585.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
+            tensors. Default 0.8 and 1.2.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "cispo",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "clip_low_threshold": clip_low_threshold,
+            "clip_high_threshold": clip_high_threshold,
+        },
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def dro(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    beta: Tensor | float = 0.1,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dro(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    beta: Tensor | float = 0.1,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dro(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    beta: Tensor | float = 0.1,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dro(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    beta: Tensor | float = 0.1,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "sum",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Direct reward optimisation: ``-(logp A - beta / 2 (logp - old_logprobs)^2)``.
+
+    The quadratic term acts on tokens of advantage 0, too: mask padding with ``weights`` or ``ignore_index``. Richemond
+    et al., "Offline Regularised Reinforcement Learning for Large Language Models Alignment", 2024,
+    https://arxiv.org/abs/2405.19107.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...).
+        beta: strength of the pull towards ``old_logprobs``, at least 0; a number or a per-token tensor. Default 0.1.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "dro",
+        logprobs,
+        {"old_logprobs": old_logprobs, "advantages": advantages, "beta": beta},
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    tau_positive: Tensor | float = 1.0,
+    tau_negative: Tensor | float = 1.05,
+    ratio_level: Literal["token", "sequence"] = "token",
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    tau_positive: Tensor | float = 1.0,
+    tau_negative: Tensor | float = 1.05,
+    ratio_level: Literal["token", "sequence"] = "token",
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    tau_positive: Tensor | float = 1.0,
+    tau_negative: Tensor | float = 1.05,
+    ratio_level: Literal["token", "sequence"] = "token",
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    tau_positive: Tensor | float = 1.0,
+    tau_negative: Tensor | float = 1.05,
+    ratio_level: Literal["token", "sequence"] = "token",
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Soft gate instead of a clip: ``-(4 / tau) sigmoid(tau (r - 1)) A``, with ``r = exp(logp - old_logprobs)``.
+
+    tau is tau_positive for A > 0, else tau_negative. At r = 1 the gradient is that of the plain policy gradient. Gao et
+    al., "Soft Adaptive Policy Optimization", 2025, https://arxiv.org/abs/2511.20347.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        tau_positive, tau_negative: steepness of the gate, greater than 0; numbers or per-token tensors. Default 1 and
+            1.05.
+        ratio_level: "token"; or "sequence", r being the ratio of :func:`gspo`, also where it weights the KL. Default
+            "token".
+        cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0. For "sequence" only.
+        ratio_gradient: "token" or "sequence", as for :func:`gspo`. Default "token".
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.sapo(
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "tau_positive": tau_positive,
+            "tau_negative": tau_negative,
+        },
+        ratio_level,
+        entropy,
+        Sequences(cu_seqlens=cu_seqlens, sequence_ratio_mask=sequence_ratio_mask, ratio_gradient=ratio_gradient),
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def gspo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.8,
+    clip_high_threshold: Tensor | float = 1.2,
+    dual_clip: Tensor | float | None = None,
+    delta: Tensor | float | None = None,
+    ratio_gradient: RatioGradient = "token",
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """PPO's objective of the sequence's ratio: the geometric mean of its tokens' ratios.
+
+    With x = logp, q = old_logprobs, sg = stop-gradient and m = mean over the sequence of x - q, the ratio of a token is
+    ``exp(sg(m) + x - sg(x))`` for ``ratio_gradient="token"``, as in the paper's GSPO-token, verl, SkyRL and Tinker; and
+    ``exp(m)``, with a gradient through the mean, for "sequence", as in TRL, Liger and NeMo-RL. The values are the same.
+    Zheng et al., "Group Sequence Policy Optimization", 2025, https://arxiv.org/abs/2507.18071, whose bounds are as
+    close to 1 as 0.9997 and 1.0004. ``kl_weighted_by_ratio`` weights by this ratio, too, as TRL does.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0.
+        clip_low_threshold, clip_high_threshold, dual_clip, delta: as for :func:`ppo`, on this ratio. Default 0.8, 1.2,
+            None and None.
+        ratio_gradient: "token" or "sequence". Default "token".
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.sequence_policy(
+        "gspo",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "clip_low_threshold": clip_low_threshold,
+            "clip_high_threshold": clip_high_threshold,
+            "dual_clip": dual_clip,
+            "delta": delta,
+        },
+        entropy,
+        Sequences(cu_seqlens=cu_seqlens, sequence_ratio_mask=sequence_ratio_mask, ratio_gradient=ratio_gradient),
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.6703200460356393,
+    clip_high_threshold: Tensor | float = 1.4918246976412703,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.6703200460356393,
+    clip_high_threshold: Tensor | float = 1.4918246976412703,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.6703200460356393,
+    clip_high_threshold: Tensor | float = 1.4918246976412703,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def gmpo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    clip_low_threshold: Tensor | float = 0.6703200460356393,
+    clip_high_threshold: Tensor | float = 1.4918246976412703,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Geometric mean of clipped ratios: ``-A exp(mean_t c_t)`` at every token of the sequence.
+
+    c_t is x - q, clipped token by token where that lowers ``A c_t``: at most log(high) for A > 0, at least log(low) for
+    A < 0. The gradient flows through the mean. Weights m / n_b and the number of sequences as the denominator, n_b
+    being a sequence's tokens, give the paper's mean over sequences. Zhao et al., "Geometric-Mean Policy Optimization",
+    2025, https://arxiv.org/abs/2507.20673.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
+            all tokens of a sequence.
+        cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0.
+        clip_low_threshold, clip_high_threshold: absolute bounds on a token's ratio, 0 <= low <= high; numbers or
+            per-token tensors. Default e^-0.4 and e^0.4.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.sequence_policy(
+        "gmpo",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "clip_low_threshold": clip_low_threshold,
+            "clip_high_threshold": clip_high_threshold,
+        },
+        entropy,
+        Sequences(cu_seqlens=cu_seqlens, sequence_ratio_mask=sequence_ratio_mask),
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def policy_loss(
+    logprobs: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    *inputs: Any,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def policy_loss(
+    logprobs: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    *inputs: Any,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def policy_loss(
+    logprobs: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    *inputs: Any,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def policy_loss(
+    logprobs: Tensor,
+    objective: str | Objective | Callable[..., Tensor],
+    *inputs: Any,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """A loss with an objective of your own, or any of ours, through the one door.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        objective: what maps ``logprobs`` and ``inputs`` to the loss:
+
+            * a function ``f(logp, *inputs)`` of torch operations, which returns the loss of each token, (...), or one
+              0-d loss of the whole batch, which weights, reduction and denominator then leave as it is. ``inputs`` are
+              handed over as they are. At tokens of weight 0, logp is 0 and nothing flows back.
+            * an :class:`Objective`. ``inputs`` are its columns, in order: numbers, or tensors broadcastable to (...).
+            * the name of one of ours: "importance_sampling", "ppo", "cispo", "dro" or "sapo". ``inputs`` are its
+              columns in the order of the loss's own arguments; bounds that are left out have the loss's defaults.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another. A function has old_logprobs as the first of its inputs
+            where ``kl_weighted_by_ratio`` asks for them.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy_loss(
+        logprobs,
+        objective,
+        inputs,
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
