@@ -78,19 +78,19 @@ def causal_lm_loss(
     tokens = logits.shape[:-1]
     if shift_labels.numel() != tokens.numel():
         raise ValueError(f"labels must be as many as tokens, {tuple(tokens)}, got {tuple(shift_labels.shape)}")
-    transform: Mapping[str, float | None] = {}
     given: Tensor | LinearHead
     if isinstance(logits, PendingLogits):
-        given, transform = logits.head, logits.transform()
+        given, logit_scale, softcap = logits.head, logits.logit_scale, logits.softcap
     else:
-        given = logits
+        given, logit_scale, softcap = logits, 1.0, None
     return losses.cross_entropy(
         given,
         shift_labels.reshape(tokens).to(logits.device),
         denominator=_denominator(num_items_in_batch, logits.device),
+        logit_scale=logit_scale,
+        softcap=softcap,
         ignore_index=ignore_index,
-        #upstream=upstream,
-        **transform,  # type: ignore[arg-type]
+        upstream=upstream,
     )
 
 
@@ -149,7 +149,8 @@ def install(
         model: a causal language model of transformers, not wrapped. What its forward does with logits is read from
             its source: they come from its output embeddings and go to ``self.loss_function`` and into the output,
             multiplied or divided by a number or under a tanh on the way, and nothing else happens to them.
-        evaluation: also in evaluation mode, called with labels: for ``Trainer(args=... prediction_loss_only=True)``.
+        evaluation: also in evaluation mode, called with labels: for who only wants the loss of it, as a Trainer with
+            ``prediction_loss_only=True``.
         upstream: see :func:`causal_lm_loss`.
         chunk_bytes, weight_grad_dtype, logits_dtype, skip_masked: see :class:`LinearHead`.
 
@@ -157,6 +158,7 @@ def install(
         TypeError: the output embeddings are not a plain :class:`torch.nn.Linear` (LoRA, quantised), or are sharded.
         ValueError: they have hooks; the model has a forward or a loss function that is not its class's; or its forward
             does something else with logits. Messages name the class.
+        RuntimeError: transformers' own loss has been replaced by somebody else's.
     """
     name = type(model).__name__
     if not callable(getattr(model, "get_output_embeddings", None)) or hasattr(model, "get_base_model"):
@@ -173,7 +175,7 @@ def install(
         "logits_dtype": logits_dtype,
         "skip_masked": skip_masked,
     }
-    fused = Fused(_head_of(model), evaluation, upstream, options)
+    fused = Fused(_head_of(model), evaluation, upstream, options, _stock_loss())
     _check_use_of_logits(own, fused.head, name)
     fused.check(model)
     function = fused.around(own)
@@ -219,6 +221,7 @@ class Fused(NamedTuple):
     evaluation: bool
     upstream: Tensor | float
     options: Mapping[str, Any]  # of LinearHead
+    stock: Any  # transformers' loss
 
     def check(self, model: Any) -> None:
         """Raise where the head or the loss function is one that can't be fused."""
@@ -240,11 +243,10 @@ class Fused(NamedTuple):
         function = own.func if isinstance(own, functools.partial) else own
         if function is causal_lm_loss:
             return own  # type: ignore[no-any-return]
-        named = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-        if named != ("transformers.loss.loss_utils", "ForCausalLMLoss"):
+        if function is not self.stock:
             raise ValueError(
                 f"{type(model).__name__}.loss_function must be transformers' ForCausalLMLoss or causal_lm_loss, which "
-                f"are computed from the head, got {named[0]}.{named[1]}"
+                f"are computed from the head, got {function!r}"
             )
         return functools.partial(causal_lm_loss, upstream=self.upstream)
 
@@ -278,10 +280,10 @@ class PendingHead:
 
 
 class PendingLogits:
-    """``scale * l``, or ``cap * tanh(scale * l)``, of the logits l that a head would make."""
+    """``scale * l``, or ``softcap * tanh(scale * l)``, of the logits l that a head would make."""
 
-    def __init__(self, head: LinearHead, model: str, scale: float = 1.0, cap: float | None = None):
-        self.head, self.model, self.scale, self.cap = head, model, scale, cap
+    def __init__(self, head: LinearHead, model: str, scale: float = 1.0, softcap: float | None = None):
+        self.head, self.model, self.scale, self.softcap = head, model, scale, softcap
 
     @property
     def shape(self) -> torch.Size:
@@ -291,18 +293,17 @@ class PendingLogits:
     def device(self) -> torch.device:
         return self.head.device
 
-    def transform(self) -> dict[str, float | None]:
-        """As the losses take it: cap tanh(scale l) is softcap tanh(logit_scale l / softcap)."""
-        if self.cap is None:
-            return {"logit_scale": self.scale}
-        return {"logit_scale": self.scale * self.cap, "softcap": self.cap}
+    @property
+    def logit_scale(self) -> float:
+        """As the losses take it: softcap tanh(logit_scale l / softcap)."""
+        return self.scale if self.softcap is None else self.scale * self.softcap
 
     def __mul__(self, factor: float) -> PendingLogits:
         if not isinstance(factor, int | float):
             raise TypeError(f"{self.model}: logits are multiplied by a {type(factor).__name__}, of which no loss knows")
-        if self.cap is None:
+        if self.softcap is None:
             return PendingLogits(self.head, self.model, self.scale * factor)
-        return PendingLogits(self.head, self.model, self.scale, self.cap * factor)
+        return PendingLogits(self.head, self.model, self.scale, self.softcap * factor)
 
     def __truediv__(self, divisor: float) -> PendingLogits:
         if not isinstance(divisor, int | float):
@@ -310,7 +311,7 @@ class PendingLogits:
         return self * (1 / divisor)
 
     def tanh(self) -> PendingLogits:
-        if self.cap is not None:
+        if self.softcap is not None:
             raise TypeError(f"{self.model}: logits are under two tanh, of which no loss knows")
         return PendingLogits(self.head, self.model, self.scale, 1.0)
 
@@ -351,10 +352,20 @@ def _without_logits(output: Any) -> Any:
     return type(output)(**{name: value for name, value in output.items() if not isinstance(value, PendingLogits)})
 
 
+def _stock_loss() -> Any:
+    """The loss that :func:`causal_lm_loss` is the same as; RuntimeError where somebody has put another there."""
+    from transformers.loss import loss_utils
+
+    function = loss_utils.ForCausalLMLoss
+    if (function.__module__, function.__qualname__) != (loss_utils.__name__, "ForCausalLMLoss"):
+        raise RuntimeError(f"{loss_utils.__name__}.ForCausalLMLoss was replaced, by {function.__module__}'s")
+    return function
+
+
 def _head_of(model: Any) -> str:
     """The name of the output embeddings in the model."""
     embeddings = model.get_output_embeddings()
-    names = [name for name, module in model.named_children() if module is embeddings]
+    names: list[str] = [name for name, module in model.named_children() if module is embeddings]
     if not names:
         raise ValueError(f"{type(model).__name__} has no output embeddings of its own, which a head could be")
     return names[0]

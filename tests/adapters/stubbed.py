@@ -15,6 +15,7 @@ STUBS = {  # top-level packages, where they are not installed
     "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
     "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping"),
     "torchtitan": ("spmd_types",),
+    "axolotl": ("peft", "addict"),
     "openrlhf": ("ray", "deepspeed", "loralib", "flash_attn", "ring_flash_attn", "optree"),
 }
 

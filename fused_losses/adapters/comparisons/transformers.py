@@ -34,7 +34,7 @@ _EXPERTS = {
     "moe_intermediate_size": 16,
     "output_router_logits": True,
 }
-MODELS: dict[str, dict[str, Any]] = {  # of each form of forward some, by name: what their configurations have of their own
+MODELS: dict[str, dict[str, Any]] = {  # some of each form of forward, with what their configurations are given
     "Llama": {"tie_word_embeddings": True},
     "Mistral": {},
     "Qwen2": {},
@@ -130,7 +130,7 @@ def with_loss(model: Any) -> None:
 
 
 def comparisons() -> Iterator[Comparison]:
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for case, dtype, count, shifted in (
         ("mean, fp32", torch.float32, None, False),
         ("num_items_in_batch, fp32", torch.float32, torch.tensor(50), False),
@@ -157,7 +157,6 @@ def comparisons() -> Iterator[Comparison]:
                 2**-5 if bf16 else 1e-5,
                 BF16 if bf16 else "",
             )
-    trained = "Adam divides gradients by their size, rounding errors with them"
     for case, put, options in (
         ("model.loss_function", with_loss, {}),
         ("compute_loss_func", nothing, {"compute_loss_func": ours.compute_loss_func}),
@@ -168,6 +167,4 @@ def comparisons() -> Iterator[Comparison]:
             case,
             functools.partial(of_trainer, nothing),
             functools.partial(of_trainer, put, **options),
-            2e-5,
-            trained,
         )
