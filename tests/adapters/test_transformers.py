@@ -342,17 +342,47 @@ def test_models_that_are_refused(llama, change, error, message):
     assert set(vars(llama)) == attributes
 
 
-def test_a_head_that_is_sharded(llama):
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    from torch.distributed.tensor import init_device_mesh
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        llama.lm_head.weight = nn.Parameter(DTensor.from_local(llama.lm_head.weight.data, mesh, [Shard(0)]))
-        with pytest.raises(TypeError, match=r"LlamaForCausalLM.lm_head can't be fused: .*DTensor"):
-            ours.install(llama)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_head_that_is_sharded(llama, mesh):
+    from torch.distributed.tensor import DTensor, Shard
+
+    llama.lm_head.weight = nn.Parameter(DTensor.from_local(llama.lm_head.weight.data, mesh, [Shard(0)]))
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.lm_head can't be fused: .*DTensor"):
+        ours.install(llama)
+
+
+@pytest.mark.parametrize("of", ["ddp", "fsdp"])
+def test_data_parallelism(llama, mesh, of):
+    """FSDP gathers the head for the forward of the model that it is sharded with; of one that is sharded apart, the
+    weight is gone when the loss needs it."""
+    from torch.distributed.fsdp import fully_shard
+
+    wanted = gradients(llama)
+    ours.install(llama)
+    parallel = nn.parallel.DistributedDataParallel(llama) if of == "ddp" else fully_shard(llama, mesh=mesh)
+    outputs, grads = gradients(parallel)
+    whole = {name.removeprefix("module."): getattr(g, "full_tensor", lambda g=g: g)() for name, g in grads.items()}
+    assert_same((outputs, whole), wanted)
+    assert outputs.logits is None
+
+
+def test_a_head_that_is_sharded_apart(llama, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    llama.lm_head.weight = nn.Parameter(llama.lm_head.weight.detach().clone())
+    ours.install(llama)
+    fully_shard(llama.lm_head, mesh=mesh)
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Linear.*got FSDPLinear"):
+        fully_shard(llama, mesh=mesh)(**runs.batch())
 
 
 def test_a_head_that_is_wrapped_afterwards(llama):
