@@ -1,10 +1,11 @@
 """A step of transformers' Trainer before and after one line: its time, and what it takes of memory.
 
-    python bench/trainer.py [--tokens 1024] [--hidden 256] [--dtypes fp32,bf16] [--rounds 3] [--out FILE]
+    python bench/trainer.py [--tokens 1024] [--hidden 256] [--dtypes fp32,bf16] [--rounds 3] [--out bench/results]
 
-The model is a tiny Llama with the vocabulary of Qwen. Each contender runs in a process of its own: ``peak_rss`` is that
-process's largest resident set during its steps, ``step_rss`` what of it the steps added to what was there before the
-first: logits, gradients, activations, but neither the model nor the optimizer's states. Both are of Linux's /proc.
+The model is a tiny Llama with the vocabulary of Qwen. Each contender runs in a process of its own. "step memory" is
+what its largest resident set, during its steps, had more than before one: logits, gradients and activations, not the
+model or the optimizer's states. Linux's /proc says both. "cpu" is the time of all its threads, which other processes
+of a busy machine lengthen least.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import conditions, file_name
+from timing import quantiles
 
 VOCAB, BATCH = 151_936, 2
 CONTENDERS = ("stock", "causal_lm_loss", "head")
@@ -64,6 +67,7 @@ def steps(contender: str, tokens: int, hidden: int, dtype: str, repeats: int) ->
         trainer.train()
     return {
         "ms": watch.ms[1:],
+        "cpu_ms": watch.cpu_ms[1:],
         "peak_rss": watch.peak,
         "step_rss": watch.peak - watch.before,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -87,16 +91,18 @@ def watching() -> Any:
 
         def __init__(self) -> None:
             self.ms: list[float] = []
+            self.cpu_ms: list[float] = []
             self.before = self.peak = 0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if len(self.ms) == 1:
                 self.before = resident("VmRSS")
                 Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now again
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.ms.append(1e3 * (time.perf_counter() - self.start))
+            self.ms.append(1e3 * (time.perf_counter() - self.start[0]))
+            self.cpu_ms.append(1e3 * (time.process_time() - self.start[1]))
             self.peak = resident("VmHWM")
 
     return Watch()
@@ -127,31 +133,43 @@ def measure(tokens: int, hidden: int, dtype: str, rounds: int, repeats: int) -> 
 
 
 def record(name: str, tokens: int, hidden: int, dtype: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    import transformers
-
+    p20, median, p80 = quantiles([ms for run in runs for ms in run["ms"]])
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **conditions(torch.device("cpu")),
+        "transformers": version("transformers"),
         "case": f"trainer {tokens}x{hidden}x{VOCAB}",
+        "loss": "cross_entropy",
+        "group": "trainer",
         "contender": name,
+        "backend": None,
+        "mode": "trainer",
+        "same_loss": True,
         "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "transformers": transformers.__version__,
-        "median_ms": statistics.median(ms for run in runs for ms in run["ms"]),
-        "peak_rss": statistics.median(run["peak_rss"] for run in runs),
-        "step_rss": statistics.median(run["step_rss"] for run in runs),
+        "shape": [tokens, hidden, VOCAB],
+        "n": tokens,
+        "vocab": VOCAB,
+        "repeats": sum(len(run["ms"]) for run in runs),
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "cpu_ms": statistics.median(ms for run in runs for ms in run["cpu_ms"]),
+        "peak_bytes": statistics.median(run["step_rss"] for run in runs),
+        "process_bytes": statistics.median(run["peak_rss"] for run in runs),
         "losses": runs[0]["losses"],
+        "status": "ok",
     }
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    lines = [f"{'':26} {'step':>9} {'step memory':>12} {'whole process':>14}   loss of the last step"]
+    lines = [f"{'':26} {'step':>9} {'cpu':>9} {'step memory':>12} {'process':>10}   last loss   than stock"]
     for dtype in dict.fromkeys(r["dtype"] for r in records):
         of_dtype = [r for r in records if r["dtype"] == dtype]
         stock = of_dtype[0]
         for r in of_dtype:
-            numbers = f"{r['median_ms']:6.0f} ms {r['step_rss'] / 2**20:8.0f} MiB {r['peak_rss'] / 2**20:10.0f} MiB"
-            ratios = f"{stock['median_ms'] / r['median_ms']:.1f}x, {stock['step_rss'] / r['step_rss']:.1f}x"
-            lines.append(f"{dtype} {r['contender']:21} {numbers}   {r['losses'][-1]:.6f}   {ratios}")
+            times = f"{r['median_ms']:6.0f} ms {r['cpu_ms']:6.0f} ms"
+            memory = f"{r['peak_bytes'] / 2**20:8.0f} MiB {r['process_bytes'] / 2**20:6.0f} MiB"
+            ratios = ", ".join(f"{stock[key] / r[key]:.1f}x" for key in ("median_ms", "cpu_ms", "peak_bytes"))
+            lines.append(f"{dtype} {r['contender']:21} {times} {memory}   {r['losses'][-1]:9.6f}   {ratios}")
     return "\n".join(lines)
 
 
@@ -162,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=4, help="timed steps of a process")
-    parser.add_argument("--out", type=Path, help="append the records, as lines of JSON")
+    parser.add_argument("--out", type=Path, help="folder to put the records into")
     parser.add_argument("--contender", choices=CONTENDERS, help="run only this one, in this process")
     chosen = parser.parse_args()
     dtypes = chosen.dtypes.split(",")
@@ -174,7 +192,8 @@ def main() -> None:
         records += measure(chosen.tokens, chosen.hidden, dtype, chosen.rounds, chosen.repeats)
     print(table(records))
     if chosen.out:
-        with chosen.out.open("a") as out:
+        path = chosen.out / file_name(records[0])
+        with path.open("a") as out:
             out.writelines(json.dumps(r) + "\n" for r in records)
 
 

@@ -68,8 +68,7 @@ def put(cfg: Mapping[str, Any], model: Any) -> None:
     if cfg.get("fused_losses") == "loss":
         inner.loss_function = functools.partial(transformers.causal_lm_loss, upstream=processes)
         return
-    chunk_bytes = cfg.get("fused_losses_chunk_bytes")
-    transformers.install(inner, upstream=processes, **({} if chunk_bytes is None else {"chunk_bytes": chunk_bytes}))
+    transformers.install(inner, upstream=processes, chunk_bytes=cfg.get("fused_losses_chunk_bytes"))
 
 
 def __getattr__(name: str) -> Any:

@@ -27,6 +27,7 @@ from ..linear_head import LinearHead
 
 # options of torch's cross entropy, which transformers' ForCausalLMLoss takes among its **kwargs and does not look at
 _OPTIONS = ("weight", "label_smoothing", "reduction", "size_average", "reduce")
+_CPU_BYTES = 1 << 28  # a CPU's products are as fast in few rows, and its caches are small
 
 
 # ---- The loss ----
@@ -134,7 +135,7 @@ def install(
     *,
     evaluation: bool = False,
     upstream: Tensor | float = 1.0,
-    chunk_bytes: int | None = 1 << 28,
+    chunk_bytes: int | None = None,
     weight_grad_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
     skip_masked: bool = False,
@@ -152,7 +153,8 @@ def install(
         evaluation: also in evaluation mode, called with labels: for who only wants the loss of it, as a Trainer with
             ``prediction_loss_only=True``.
         upstream: see :func:`causal_lm_loss`.
-        chunk_bytes, weight_grad_dtype, logits_dtype, skip_masked: see :class:`LinearHead`.
+        chunk_bytes: memory of a chunk of logits. None: 256 MiB on a CPU, elsewhere as of :class:`LinearHead`.
+        weight_grad_dtype, logits_dtype, skip_masked: see :class:`LinearHead`.
 
     Raises:
         TypeError: the output embeddings are not a plain :class:`torch.nn.Linear` (LoRA, quantised), or are sharded.
@@ -273,7 +275,10 @@ class PendingHead:
         self.module, self.model, self.options = module, model, options
 
     def __call__(self, hidden: Tensor) -> PendingLogits:
-        return PendingLogits(LinearHead.of(hidden, self.module, **self.options), self.model)
+        options = dict(self.options)
+        if options["chunk_bytes"] is None and hidden.is_cpu:
+            options["chunk_bytes"] = _CPU_BYTES
+        return PendingLogits(LinearHead.of(hidden, self.module, **options), self.model)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)

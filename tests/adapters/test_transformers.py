@@ -159,6 +159,30 @@ def test_install_and_remove(name):
     assert gradients(model)[0].logits is not None
 
 
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma4", {"final_logit_softcapping": 3.0, "vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 8}),
+        ("NanoChat", {"final_logit_softcapping": 3.0}),
+        ("FalconH1", {"lm_head_multiplier": 0.3, **MAMBA}),  # a scale that the base model has
+        ("HyperCLOVAX", {"logits_scaling": 0.3}),  # multiplied, not divided
+        ("GptOss", runs.EXPERTS),
+        ("Olmoe", runs.EXPERTS),
+        ("Mamba", {}),  # a cast of hidden states, return_dict by hand
+        ("Bloom", {"n_layer": 2, "n_head": 4}),
+        *((name, {}) for name in ("GPTNeoX", "Olmo2", "Glm4", "SmolLM3", "StableLm", "Starcoder2", "Nemotron")),
+    ],
+)
+def test_other_models(name, options):
+    model = runs.model_of(name, **options)
+    wanted = gradients(model)
+    ours.install(model)
+    assert_same(gradients(model), wanted)
+
+
 def test_nothing_of_tokens_times_classes_is_made(llama, monkeypatch):
     ours.install(llama, chunk_bytes=4 * V * 8)
     seen = []

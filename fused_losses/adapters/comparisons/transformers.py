@@ -27,7 +27,7 @@ _SIZES = {
     "head_dim": 8,
     "pad_token_id": 0,
 }
-_EXPERTS = {
+EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
@@ -46,19 +46,19 @@ MODELS: dict[str, dict[str, Any]] = {  # some of each form of forward, with what
     "Cohere": {"logit_scale": 0.25},
     "Cohere2": {"logit_scale": 0.25},
     "Phi": {},  # a head with a bias
-    "Mixtral": _EXPERTS,
-    "Qwen3Moe": _EXPERTS,
-    "GraniteMoe": {**_EXPERTS, "logits_scaling": 3.0},
+    "Mixtral": EXPERTS,
+    "Qwen3Moe": EXPERTS,
+    "GraniteMoe": {**EXPERTS, "logits_scaling": 3.0},
 }
 
 Numbers = dict[str, Tensor | float]
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model of random weights, always the same."""
-    configuration = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A tiny model of random weights, always the same, with options of its configuration."""
+    configuration = getattr(transformers, f"{name}{'TextConfig' if name in ('Gemma3', 'Gemma4') else 'Config'}")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(configuration(**{**_SIZES, **MODELS[name]}))
+    model = getattr(transformers, f"{name}ForCausalLM")(configuration(**{**_SIZES, **MODELS.get(name, {}), **options}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)  # or logits are so small that a cap does nothing
