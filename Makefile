@@ -1,8 +1,9 @@
 # make demo    train a small language model with every loss, beside its eager reference (about 3 minutes on 2 cores)
 # make test    the test suite
 # make bugs    every seeded bug of the kernels, of which `make test` takes a third
-# make bench   measure every loss on every backend, and put the tables into README.md; on a GPU its tests come before
+# make bench   measure every loss on every backend, and put the tables into the pages; on a GPU its tests come before
 # make lint    formatters, linters and the type checker
+# make site    the documentation as a site, in build/site; a link or an anchor that leads nowhere fails
 #
 # Each creates .venv, installs the pinned versions and builds the extensions first, where that has not happened yet.
 
@@ -11,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bugs bench lint install clean
+.PHONY: demo test bugs bench lint site install clean
 
 demo: install
 	$(RUN) examples/demo.py
@@ -34,11 +35,14 @@ lint: install
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	$(RUN) bench/report.py --check
 
+site: install
+	$(VENV)/bin/mkdocs build --strict
+
 install: $(VENV)/installed
 
 $(VENV)/installed: $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[test,demo,lint]"
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[test,demo,lint,docs]"
 	touch $@
 
 # Other frameworks' files, which tests compare with: without what they depend on, which the tests do not need.

@@ -6,6 +6,7 @@ missing tool is a notice; a compiler error is a failed install that shows the co
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -20,8 +21,10 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+COMMIT = ROOT / "commit.txt"  # a source distribution has it, which has no repository
 CUDA_ARCHITECTURES = ("80", "90a", "100")  # machine code; the newest as PTX, too, for what comes after it
 NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads", "2"]
 # Vectors of 512 bits never cross a call, so their calling convention (psabi) does not matter; the other is a warning of
@@ -52,6 +55,23 @@ def find_nvcc() -> Path | None:
     return next((c for c in candidates if c.is_file()), None)
 
 
+def commit() -> str:
+    """Which sources these are: a hash, with -dirty where files differ from it; "" where nothing tells."""
+    if COMMIT.is_file():
+        return COMMIT.read_text().strip()
+    if git("rev-parse", "--show-toplevel") != str(ROOT):  # another project's, in which this folder lies
+        return ""
+    return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def notice(message: str) -> None:
     print(f"fused_losses: {message}", file=sys.stderr, flush=True)
 
@@ -66,6 +86,12 @@ class Build(build_ext):
             for done in pool.map(start, commands):
                 check(done)
         check(start(link))
+
+
+class Sdist(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, COMMIT.name).write_text(f"{commit()}\n")
 
 
 def start(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -111,28 +137,35 @@ class Native(Extension):
         return [f"-L{library}"] if (library / "libcudart_static.a").is_file() else []
 
 
-def cpu_units() -> list[tuple[str, list[str]]]:
+def about(compiler: list[str], flags: list[str]) -> list[str]:
+    """Definitions for csrc/build.h. The compiler's own name may be a path, of which a wheel says nothing."""
+    strings = {"FL_COMMIT": commit(), "FL_FLAGS": " ".join([*compiler[1:], *CXX_FLAGS, *flags])}
+    return [f"-D{name}={json.dumps(text)}" for name, text in strings.items()]
+
+
+def cpu_units(compiler: list[str]) -> list[tuple[str, list[str]]]:
     """What sees the vocabulary is compiled for each instruction set; the machine's is picked at run time."""
     vocab = {"vocab_baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         vocab["vocab_avx2"] = ["-mavx2", "-mfma"]
         vocab["vocab_avx512"] = [*vocab["vocab_avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     return [
-        ("csrc/bindings_cpu.cpp", []),
+        ("csrc/bindings_cpu.cpp", about(compiler, OPENMP)),
         ("csrc/cpu/instruction_sets.cpp", []),
         ("csrc/cpu/launch.cpp", OPENMP),
         *(("csrc/cpu/vocab.cpp", [f"-DFL_VOCAB={table}", *flags]) for table, flags in vocab.items()),
     ]
 
 
-def cuda_units(nvcc: Path) -> list[tuple[str, list[str]]]:
+def cuda_units(compiler: list[str], nvcc: Path) -> list[tuple[str, list[str]]]:
     architectures = known_architectures(nvcc)
     define = f'-DFL_CUDA_ARCHITECTURES="{";".join(architectures)}"'
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     newest = architectures[-1].rstrip("a")  # PTX with the a runs on that architecture alone
     flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
-    return [*((source, [define, *flags]) for source in sources), ("csrc/bindings_cuda.cpp", [define])]
+    bindings = ("csrc/bindings_cuda.cpp", [define, *about(compiler, [])])
+    return [*((source, [define, *flags]) for source in sources), bindings]
 
 
 def known_architectures(nvcc: Path) -> list[str]:
@@ -155,12 +188,12 @@ def extensions() -> list[Native]:
     if compiler is None:
         notice("no C++ compiler found: installing without the cpu and cuda backends (Triton and eager remain)")
         return []
-    modules = [Native("fused_losses._cpu", cpu_units(), compiler)]
+    modules = [Native("fused_losses._cpu", cpu_units(compiler), compiler)]
     if nvcc is None:
         notice("no nvcc found (CUDA_HOME, PATH, the nvidia-cuda-nvcc package): installing without the cuda backend")
     else:
-        modules.append(Native("fused_losses._cuda", cuda_units(nvcc), compiler, nvcc))
+        modules.append(Native("fused_losses._cuda", cuda_units(compiler, nvcc), compiler, nvcc))
     return modules
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "sdist": Sdist})

@@ -25,6 +25,8 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "ppo": lambda x, q, a, low, high: -torch.min((r := torch.exp(x - q)) * a, r.clamp(low, high) * a),
     "cispo": lambda x, q, a, low, high: -torch.exp(x - q).clamp(low, high).detach() * x * a,
     "dro": lambda x, q, a, beta: -(x * a - 0.5 * beta * (x - q) ** 2),
+    "dft": lambda x: -x.exp().detach() * x,
+    "reinforce": lambda x, a: -x * a,
     "sapo": lambda x, q, a, positive, negative: (
         -torch.sigmoid((tau := torch.where(a > 0, positive, negative)) * (torch.exp(x - q) - 1)) * 4 / tau * a
     ),

@@ -1,4 +1,4 @@
-"""The plots of bench/plots: forward and backward beside a copy of the logits."""
+"""The plots of docs/plots: forward and backward beside a copy of the logits."""
 
 from __future__ import annotations
 

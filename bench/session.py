@@ -66,7 +66,7 @@ def steps(gpu: bool, quick: bool, out: Path) -> list[Step]:
     of_heads = ("bench/run.py", "--out", str(out), "--cases", "head*", "--repeats", "5", "--seconds", "40")
     heads = [Step("heads", python(*of_heads), 60)] if gpu and not quick else []
     report = ("bench/report.py", "--results", str(out)) if quick else ("bench/report.py",)
-    elsewhere = ("--readme", str(out / "README.md"), "--plots", str(out / "plots")) if quick else ()
+    elsewhere = ("--pages", str(out / "README.md"), "--plots", str(out / "plots")) if quick else ()
     return [
         Step("self-test", python("-m", "fused_losses"), 60),
         Step("tests", python("-m", "pytest", "-q", "-x", "-W", "ignore", *small, *ESSENTIALS), 100, no_gpu),

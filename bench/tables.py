@@ -1,7 +1,8 @@
-"""The tables of README.md, each from the records of one device; conditions under it."""
+"""The tables of README.md and docs/measured.md, from the records of a device or of all; conditions under each."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,7 @@ def by_contender(records: list[Record], columns: tuple[str, ...], render: Callab
 
 
 def main_cases(records: list[Record]) -> list[Record]:
-    """ppo where torch.compile was among the opponents: the cases that a README shows."""
+    """ppo where torch.compile was among the opponents: the cases that are shown first."""
     cases = tuple(c for (c,) in distinct(where(records, contender="torch.compile"), "case"))
     return where(records, case=cases, loss="ppo")
 
@@ -264,6 +265,42 @@ def gpu_latency(device: Device) -> tuple[str, list[Record]]:
         for case, loss, contender, backend, mode in distinct(records, "case", "loss", "contender", "backend", "mode")
     ]
     return markdown(["case", "", *fields], rows), records
+
+
+def ratios(devices: dict[str, list[Device]]) -> str:
+    """Of all devices, forward and backward as a multiple of the copy of the logits: what the README shows."""
+    rows_of: list[tuple[str, list[Record]]] = []  # a label, and what was measured of its case
+    lines = []
+    for device in (device for device_type in ("cpu", "cuda") for device in devices[device_type]):
+        group = where(device, group="fwd+bwd", backend=(None, "cpu", "cuda"))
+        shown = main_cases(group) or [
+            r for r in where(group, loss="cross_entropy") if re.fullmatch(r"\d+: \d+x\d+", r["case"])
+        ]
+        for name, case, loss, dtype in distinct(shown, "device", "case", "loss", "dtype"):
+            shape = case.split(": ")[-1]
+            rows_of.append(
+                (f"{name.split()[-1]}, {loss}, {shape} {dtype}", where(shown, case=case, loss=loss, dtype=dtype))
+            )
+        if shown:
+            lines.append(conditions_line(shown))
+    if not rows_of:
+        return markdown(["", ""], [["any device", NOT_MEASURED]])
+
+    def times_the_copy(record: Record) -> str:
+        return f"{record['ratio_to_copy']:.2f}"
+
+    ours = [("fused", mode) for mode in ("inplace", "separate")]
+    others = distinct(
+        (r for _, records in rows_of for r in records if r["contender"] != "fused" and r["mode"] != "floor"),
+        "contender",
+    )
+    table = []
+    for name, records in rows_of:
+        found = [where(records, contender=contender, mode=mode) for contender, mode in ours]
+        found += [where(records, contender=contender) for (contender,) in others]
+        table.append([name, *(cell(records, times_the_copy).split(":")[0] for records in found)])
+    head = ["", *(f"**fused_losses**, {MODES[mode]}" for _, mode in ours), *(contender for (contender,) in others)]
+    return "\n\n".join((markdown(head, table), *lines))
 
 
 LOSSES = {"": "plain", "Identity": "with terms", "Softcap": "with terms and a softcap"}

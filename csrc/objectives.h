@@ -49,6 +49,13 @@ FL_HD Loss logprobs(float logp, const float*) { return {logp, 1.f}; }
 
 FL_HD Loss cross_entropy(float logp, const float*) { return {-logp, -1.f}; }
 
+// g * logp, g a constant; 0 where that is: a ratio or a probability of 0 comes with logp -inf.
+FL_HD Loss linear(float g, float logp) { return {g == 0.f ? 0.f : g * logp, g}; }
+
+FL_HD Loss dft(float logp, const float*) { return linear(-expf(logp), logp); }
+
+FL_HD Loss reinforce(float logp, const float* in) { return linear(-in[0], logp); }
+
 FL_HD Loss importance_sampling(float logp, const float* in) {
     const float old_logprob = in[0], advantage = in[1], clamp = in[2];
     if (!(clamp >= 0.f)) return {NAN, NAN};
@@ -79,8 +86,7 @@ FL_HD Loss cispo(float logp, const float* in) {
     if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
     const float ratio = expf(log_ratio(logp, old_logprob, clamp).value);
     const float clipped = ratio < low ? low : (ratio > high ? high : ratio);  // a NaN ratio stays NaN
-    const float g = -clipped * advantage;
-    return {g == 0.f ? 0.f : g * logp, g};  // ratio 0 comes with logp -inf
+    return linear(-clipped * advantage, logp);
 }
 
 FL_HD Loss dro(float logp, const float* in) {
@@ -106,6 +112,29 @@ FL_HD Loss sapo(float logp, const float* in) {
     return {-4.f / tau * s * advantage, log_r.flows ? -4.f * larger * smaller * ratio * advantage : 0.f};
 }
 
+// -sg(min(r, cap)) logp A; 0 where the advantage would drive the token on, out of the region.
+FL_HD Loss in_trust_region(float divergence, float logp, const float* in) {
+    const float old_logprob = in[0], advantage = in[1], low = in[2], high = in[3], clamp = in[4], cap = in[5];
+    if (!(low >= 0.f && high >= 0.f && clamp >= 0.f && cap >= 0.f)) return {NAN, NAN};
+    if (no_advantage(old_logprob, advantage)) return {0.f, 0.f};
+    if (advantage > 0.f && logp > old_logprob && divergence > high) return {0.f, 0.f};
+    if (advantage < 0.f && logp < old_logprob && divergence > low) return {0.f, 0.f};
+    const float ratio = expf(log_ratio(logp, old_logprob, clamp).value);
+    return linear(-(ratio > cap ? cap : ratio) * advantage, logp);  // a NaN ratio stays NaN
+}
+
+FL_HD Loss dppo_tv(float logp, const float* in) {
+    return in_trust_region(fabsf(expf(logp) - expf(in[0])), logp, in);
+}
+
+// KL of "this token or any other" under two policies, as frameworks form it: finite where logp is 0.
+FL_HD Loss dppo_kl(float logp, const float* in) {
+    const float old_logprob = in[0], floor = 1e-8f;
+    const float p = expf(old_logprob), others = fmaxf(-expm1f(old_logprob), 0.f);  // 1 - p, with all its digits
+    const float drift = p == 0.f ? 0.f : p * (old_logprob - logp);
+    return in_trust_region(drift + others * logf((others + floor) / (floor - expm1f(logp))), logp, in);
+}
+
 // Each with its inputs, by the names and in the order of fused_losses/objectives.py: compared when a module is loaded.
 // clang-format off
 #define FL_OBJECTIVES(apply)                                                                                         \
@@ -115,7 +144,11 @@ FL_HD Loss sapo(float logp, const float* in) {
     apply(ppo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp, dual_clip, delta) \
     apply(cispo, old_logprobs, advantages, clip_low_threshold, clip_high_threshold, log_ratio_clamp)                 \
     apply(dro, old_logprobs, advantages, beta, log_ratio_clamp)                                                      \
-    apply(sapo, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_clamp)
+    apply(sapo, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_clamp)                               \
+    apply(dft)                                                                                                       \
+    apply(reinforce, advantages)                                                                                     \
+    apply(dppo_tv, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap)            \
+    apply(dppo_kl, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap)
 // clang-format on
 
 enum class Objective : int {

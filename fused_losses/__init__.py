@@ -3,12 +3,21 @@
 import os as _os
 
 from . import aggregation, on_logprobs, reference
-from .compute import ComputeResult, compute, loss_fn
-from .importance_weights import masked_importance_weights, truncated_importance_weights
+from .adapters.tinker import ComputeResult, compute, loss_fn
+from .entropy_weights import entropy_weights
+from .importance_weights import (
+    gated_importance_weights,
+    masked_importance_weights,
+    off_policy_sequence_mask,
+    truncated_importance_weights,
+)
 from .linear_head import LinearHead
 from .losses import (
     cispo,
     cross_entropy,
+    dft,
+    dppo_kl,
+    dppo_tv,
     dro,
     gmpo,
     gspo,
@@ -16,8 +25,10 @@ from .losses import (
     logprobs,
     policy_loss,
     ppo,
+    reinforce,
     sapo,
     statistics,
+    vespo,
 )
 from .objectives import Objective
 from .outputs import Outputs, Statistics
@@ -42,21 +53,29 @@ __all__ = [
     "cispo",
     "compute",
     "cross_entropy",
+    "dft",
+    "dppo_kl",
+    "dppo_tv",
     "dro",
+    "entropy_weights",
+    "gated_importance_weights",
     "gmpo",
     "gspo",
     "importance_sampling",
     "logprobs",
     "loss_fn",
     "masked_importance_weights",
+    "off_policy_sequence_mask",
     "on_logprobs",
     "policy_loss",
     "ppo",
     "reference",
+    "reinforce",
     "sapo",
     "segment_expand",
     "segment_mean",
     "segment_sum",
     "statistics",
     "truncated_importance_weights",
+    "vespo",
 ]

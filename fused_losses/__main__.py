@@ -1,4 +1,4 @@
-"""``python -m fused_losses``: what runs here, what does not and why, and whether the numbers are right.
+"""``python -m fused_losses``: which build this is, what of it runs here, what not and why, and whether it is right.
 
 Exit code 1 if a backend that should work does not: its extension is there but does not load, or its numbers are wrong.
 ``--gpu`` goes on to what the losses cost on each GPU beside a copy of the logits, which is what they promise; exit code
@@ -19,7 +19,7 @@ import torch
 
 import fused_losses
 
-from . import backends, reference, speed
+from . import backends, build, reference, speed
 from .backends.native import BROKEN, NOT_BUILT
 from .checks import LOGITS_DTYPES
 from .objectives import OBJECTIVES
@@ -111,6 +111,8 @@ def report() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "cuda": torch.version.cuda,
+        "installation": build.installation(),
+        "modules": build.modules(),
         "devices": [],
     }
     for device in devices():
@@ -125,14 +127,14 @@ def report() -> dict[str, Any]:
                 entry["backends"][name] = {"usable": False, "reason": reason}
         result["devices"].append(entry)
     if torch.cuda.device_count() == 0:
-        build = (
+        torch_is = (
             "torch is a CPU build" if torch.version.cuda is None else f"torch is built for CUDA {torch.version.cuda}"
         )
         reason = backends.unusable("cuda", torch.device("cuda", 0))
         result["devices"].append(
             {
                 "device": "cuda",
-                "description": f"no device; {build}",
+                "description": f"no device; {torch_is}",
                 "auto": None,
                 "backends": {"cuda": {"usable": False, "reason": reason or "torch sees no CUDA device"}},
             }
@@ -159,6 +161,9 @@ def show(result: dict[str, Any]) -> None:
         f"fused_losses {result['fused_losses']}, Python {result['python']}, torch {result['torch']}, "
         f"triton {result['triton'] or 'not installed'}, CUDA of torch: {result['cuda'] or 'none (CPU build)'}"
     )
+    print(f"installation: {result['installation']}")
+    for name, module in result["modules"].items():
+        print(f"  {name:7} {show_module(module) if module else '-'}")
     for device in result["devices"]:
         auto = f"; auto chooses {device['auto']}" if device["auto"] else ""
         print(f"\n{device['device']}: {device['description']}{auto}")
@@ -170,8 +175,22 @@ def show(result: dict[str, Any]) -> None:
             worst = ", ".join(f"{key} {value:.2f}" for key, value in test["error_over_allowed"].items())
             print(f"  {name:7} {'ok' if test['ok'] else 'WRONG':5} error over allowed: {worst}")
     print("\nok" if result["ok"] else "\nFAILED: a backend that should work does not")
-    if result["left_out"]:  # pip has hidden what setup.py said of it
-        print(f"left out at install: {', '.join(result['left_out'])}; `pip install -v` shows why")
+    if left_out := ", ".join(result["left_out"]):
+        if result["installation"].startswith(build.WHEEL):
+            print(
+                f"not in wheels: {left_out}; `pip install --no-binary fused-losses fused-losses` compiles what it can"
+            )
+        else:  # pip has hidden what setup.py said of it
+            print(f"left out at install: {left_out}; `pip install -v` shows why")
+
+
+def show_module(module: dict[str, Any]) -> str:
+    sources = f"commit {module.get('commit') or 'unknown'}"
+    compiler = f"{module.get('compiler') or 'unknown compiler'} {module.get('flags', '')}".strip()
+    if architectures := module.get("architectures"):
+        return f"{sources}; CUDA {module.get('cuda') or 'unknown'} for sm_{', sm_'.join(architectures)}; {compiler}"
+    sets = [f"{name} (in use)" if name == module["in_use"] else name for name in module["instruction_sets"]]
+    return f"{sources}; {', '.join(sets)}; {compiler}"
 
 
 def main() -> int:

@@ -55,6 +55,18 @@ def policy(
     return _of_objective(OBJECTIVES[name], logits, target_tokens, columns, terms, transform, reduction, how)
 
 
+def of_logprob(
+    name: str,
+    logits: Tensor | Origin,
+    target_tokens: Tensor,
+    transform: Transform,
+    reduction: Reduction,
+    how: How,
+) -> Result:
+    """An objective without inputs, which no term goes with."""
+    return policy(name, logits, target_tokens, {}, PolicyTerms(), transform, reduction, how)
+
+
 def cross_entropy(
     logits: Tensor | Origin,
     target_tokens: Tensor,

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .keywords import LOSSES, NEUTRAL, defaults
-from .objectives import OBJECTIVES, Objective, constant, log_ratio
+from .objectives import OBJECTIVES, Objective, constant, linear, log_ratio
 from .outputs import Call, Outputs
 from .problem import Column, PolicyTerms, Reduction, Sequences
-from .sequences import segment_expand, segment_mean
+from .sequences import segment_expand, segment_mean, segment_sum
 from .terms import asked, kl, times
 
 Columns = Mapping[str, Column | None]  # by name; None: a limit that is not in use
@@ -99,6 +99,21 @@ def gmpo(logp: Tensor, tokens: Tokens) -> Tensor:
     return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
 
 
+def vespo(logp: Tensor, tokens: Tokens) -> Tensor:
+    names = ("old_logprobs", "advantages", "k_positive", "k_negative", "lambda_positive", "lambda_negative")
+    old_logprobs, advantages, *of_sign = (tokens.column(name, logp) for name in names)
+    clamp, cu_seqlens = tokens.column("log_ratio_clamp", logp), tokens.sequences.cu_seqlens
+    k = torch.where(advantages < 0, of_sign[1], of_sign[0])
+    rate = torch.where(advantages < 0, of_sign[3], of_sign[2])
+    clamped, _ = log_ratio(logp.detach(), old_logprobs, clamp)
+    log_w = segment_expand(segment_sum(clamped.where(tokens.in_ratio(), 0.0), cu_seqlens), logp, cu_seqlens)
+    log_phi = times(k, log_w) - rate * torch.expm1(log_w)
+    phi = torch.exp(log_phi.masked_fill(log_w == torch.inf, -torch.inf))  # inf - inf
+    valid = (k >= 0) & (rate > 0) & (clamp >= 0) & ~torch.isnan(log_w)
+    g = -torch.where(advantages == 0, 0.0, phi * advantages)
+    return linear(g.masked_fill(~valid, torch.nan), logp)
+
+
 class OfSequences(NamedTuple):
     objective: PerToken
     has_ratio: bool  # the loss's ratio is that of a token's sequence: KL is weighted by it, metrics are made of it
@@ -108,6 +123,7 @@ OF_SEQUENCES = {
     "gspo": OfSequences(gspo, has_ratio=True),
     "gmpo": OfSequences(gmpo, has_ratio=False),
     "sapo": OfSequences(sapo, has_ratio=True),
+    "vespo": OfSequences(vespo, has_ratio=False),
 }
 
 

@@ -23,7 +23,12 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def cross_entropy(logprobs: Tensor, reduction: Reduction, how: How) -> Result:
-    return policy("cross_entropy", logprobs, {}, None, PolicyTerms(), reduction, how)
+    return of_logprob("cross_entropy", logprobs, reduction, how)
+
+
+def of_logprob(name: str, logprobs: Tensor, reduction: Reduction, how: How) -> Result:
+    """An objective without inputs, which no term goes with."""
+    return policy(name, logprobs, {}, None, PolicyTerms(), reduction, how)
 
 
 def policy(

@@ -135,6 +135,13 @@ class Head(NamedTuple):
                 products.send(tokens, logits)
             return products.gradients()
 
+    def each_chunk(self, inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        """The logits of all tokens, some at a time, each in the memory of the last."""
+        chunks = self.spans(torch.ones(inputs[0].shape[:-1].numel(), dtype=torch.bool))
+        with self._without_autocast(inputs):
+            products = Products(self, inputs, len(chunks))
+            yield from map(products.logits, chunks)
+
     def scale(self, gradients: tuple[Tensor | None, ...], upstream: Tensor) -> None:
         for gradient in gradients:
             if gradient is not None:

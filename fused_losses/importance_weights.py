@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .objectives import binary_kl
 from .sequences import active_tokens, check_cu_seqlens, segment_expand, segment_mean, segment_sum
 
 LEVELS = ("token", "sequence", "sequence_mean")
+GATES = ("ratio", "binary_kl", "tv")
+GATE_LEVELS = ("token", "sequence_mean")
 
 
 @torch.no_grad()
@@ -95,22 +98,150 @@ def masked_importance_weights(
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
     """
+    low, high = _bounds(low, high)
+    ratio, active = _ratio(logprobs, sampler_logprobs, level, mask, cu_seqlens)
+    dropped = (ratio < low) | (ratio > high) | ~active  # false for NaN, which must not pass for a token left out
+    return ratio.masked_fill(dropped, 0.0)
+
+
+@torch.no_grad()
+def gated_importance_weights(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    *,
+    gate: str,
+    high: float,
+    low: float = 0.0,
+    level: str = "token",
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """A trust region: each token's own ratio where what ``gate`` measures is in [low, high], else 0.
+
+    With x = logprobs, q = sampler_logprobs, ``ratio = exp(x - q)`` and "this token or any other" as the distribution:
+
+    * "ratio": the ratio. On tokens this is :func:`masked_importance_weights`, that is IcePop
+    * "binary_kl": ``e^q (q - x) + (1 - e^q) log((1 - e^q) / (1 - e^x))``, KL(sampler, trainer), with 1e-8 added above
+      and below in the fraction
+    * "tv": ``|e^x - e^q|``, the total variation
+
+    It is OpenRLHF's ``is_correction_gating`` with ``is_correction_mode`` "mask", whose binary KL first brings
+    probabilities into [1e-6, 1 - 1e-6]. Divergences of tokens are those of Qi et al., "Rethinking the Trust Region in
+    LLM Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879, whose own losses are :func:`dppo_tv` and
+    :func:`dppo_kl`.
+
+    Args:
+        logprobs: of the sampled tokens under the trainer's policy, normally the ``old_logprobs`` of the loss. Float;
+            (..., T), or any shape with ``cu_seqlens`` or for level "token".
+        sampler_logprobs: of the same tokens as the sampler gave them; float, broadcastable to ``logprobs``.
+        gate: "ratio", "binary_kl" or "tv".
+        high, low: numbers, 0 <= low <= high; what is equal to one of them is kept. Default of low: 0.
+        level: "token", each by itself; or "sequence_mean", by the mean over the sequence's active tokens, which for the
+            ratio is the geometric one: a sequence is kept or dropped as a whole. Default "token".
+        mask: broadcastable to ``logprobs``, 0 where a token is not part of the sequence. Default None: all are.
+        cu_seqlens: (B + 1,) int32 or int64, where sequences lie one after the other. Default None: the last dimension.
+
+    Returns:
+        float32 in the shape of ``logprobs``, a constant. Exactly 0 where ``mask`` is, whatever the logprobs are; NaN
+        where one of an active token (or of its sequence) is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    checks.one_of("gate", gate, GATES)
+    low, high = _bounds(low, high)
+    x, q, active = _tokens(logprobs, sampler_logprobs, level, GATE_LEVELS, mask, cu_seqlens)
+    log_ratio = x - q
+    measured = log_ratio if gate == "ratio" else binary_kl(q, x) if gate == "binary_kl" else (x.exp() - q.exp()).abs()
+    if level == "sequence_mean":
+        measured = segment_expand(segment_mean(measured, active, cu_seqlens), logprobs, cu_seqlens)
+    if gate == "ratio":
+        measured = measured.exp()
+    dropped = (measured < low) | (measured > high) | ~active  # false for NaN
+    weights = log_ratio.exp().masked_fill(measured.isnan(), torch.nan)
+    return weights.masked_fill(dropped, 0.0).float()
+
+
+@torch.no_grad()
+def off_policy_sequence_mask(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    advantages: Tensor | float,
+    *,
+    threshold: float,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Off-policy sequence masking: 0 where A < 0 and the sequence's mean of ``sampler_logprobs - logprobs`` is above
+    ``threshold``, else 1.
+
+    What the policy has moved away from is not pushed further; sequences of a positive advantage stay. DeepSeek-AI,
+    "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models", 2025, https://arxiv.org/abs/2512.02556. It is
+    TRL's ``off_policy_mask_threshold``; as ``importance_weights`` of a loss it leaves KL and entropy as they are, as
+    there.
+
+    Args:
+        logprobs: of the sampled tokens under the policy being trained, as it is now. Float; (..., T), or any shape with
+            ``cu_seqlens``.
+        sampler_logprobs: of the same tokens under the policy that sampled them; float, broadcastable to ``logprobs``.
+        advantages: number, or float and broadcastable to ``logprobs``.
+        threshold: number, the largest mean that is kept, an estimate of KL(sampler, policy) per token.
+        mask: broadcastable to ``logprobs``, 0 where a token is not part of the sequence. Default None: all are.
+        cu_seqlens: (B + 1,) int32 or int64, where sequences lie one after the other. Default None: the last dimension.
+
+    Returns:
+        float32 in the shape of ``logprobs``, a constant: 1, or 0, as where ``mask`` is, whatever the logprobs are; NaN
+        where the advantage is, and where it is negative and a logprob of an active token of the sequence is NaN. TRL
+        takes a NaN of the sampler for no difference: replace it by ``logprobs`` for that.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    threshold = checks.number("threshold", threshold)
+    x, q, active = _tokens(logprobs, sampler_logprobs, "sequence_mean", GATE_LEVELS, mask, cu_seqlens)
+    column = checks.column("advantages", advantages, logprobs.unsqueeze(-1), "logprobs")
+    column = column.view(logprobs.shape) if isinstance(column, Tensor) else torch.full_like(x, column)
+    drift = segment_expand(segment_mean(q - x, active, cu_seqlens), logprobs, cu_seqlens)
+    keep = torch.where(column < 0, drift <= threshold, True).float()
+    unknown = column.isnan() | ((column < 0) & drift.isnan())
+    return torch.where(active, keep.masked_fill(unknown, torch.nan), 0.0)
+
+
+def _bounds(low: float, high: float) -> tuple[float, float]:
     low, high = checks.number("low", low), checks.number("high", high)
     if not low >= 0:
         raise ValueError(f"low must be at least 0, got {low}")
     if low > high:
         raise ValueError(f"low must not exceed high, got {low} > {high}")
-    ratio, active = _ratio(logprobs, sampler_logprobs, level, mask, cu_seqlens)
-    dropped = (ratio < low) | (ratio > high) | ~active  # false for NaN, which must not pass for a token left out
-    return ratio.masked_fill(dropped, 0.0)
+    return low, high
 
 
 def _ratio(
     logprobs: Tensor, sampler_logprobs: Tensor, level: str, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The float32 ratio per token, and which tokens are active."""
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
+    x, q, active = _tokens(logprobs, sampler_logprobs, level, LEVELS, mask, cu_seqlens)
+    log_ratio = x - q
+    if level != "token":
+        if level == "sequence":
+            per_sequence = segment_sum(log_ratio, cu_seqlens)
+        else:
+            per_sequence = segment_mean(log_ratio, active, cu_seqlens)
+        log_ratio = segment_expand(per_sequence, logprobs, cu_seqlens)
+    return log_ratio.exp().float(), active
+
+
+def _tokens(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    level: str,
+    levels: tuple[str, ...],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both logprobs in float64 and one shape, 0 where a token is not active, and which are."""
+    if level not in levels:
+        raise ValueError(f"level must be one of {levels}, got {level!r}")
     for name, value in (("logprobs", logprobs), ("sampler_logprobs", sampler_logprobs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -130,13 +261,7 @@ def _ratio(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, logprobs, "logprobs")
     active = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else active_tokens(mask, logprobs)
-    log_ratio = torch.where(active, logprobs.double() - sampler_logprobs.double(), 0.0)
-    if level != "token":
-        if cu_seqlens is None and logprobs.dim() == 0:
-            raise ValueError(f"logprobs must have shape (..., T) for level {level!r}, got a 0-d tensor")
-        if level == "sequence":
-            per_sequence = segment_sum(log_ratio, cu_seqlens)
-        else:
-            per_sequence = segment_mean(log_ratio, active, cu_seqlens)
-        log_ratio = segment_expand(per_sequence, logprobs, cu_seqlens)
-    return log_ratio.exp().float(), active
+    if level != "token" and cu_seqlens is None and logprobs.dim() == 0:
+        raise ValueError(f"logprobs must have shape (..., T) for level {level!r}, got a 0-d tensor")
+    x, q = (torch.where(active, values.double(), 0.0) for values in (logprobs, sampler_logprobs))
+    return x, q, active

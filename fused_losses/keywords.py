@@ -152,6 +152,48 @@ _TABLE = (
         neutral=1.0,
     ),
     Keyword("tau_negative", "Tensor | float", 1.05, JOINT, group="inputs", least=0.0, reached=False, neutral=1.0),
+    Keyword(
+        "divergence_low",
+        "Tensor | float",
+        0.2,
+        """how far the token's probability may have moved, at least 0: down, for A < 0, and up, for A > 0. Numbers or
+        per-token tensors. Default {divergence_low} and {divergence_high}.""",
+        group="inputs",
+        least=0.0,
+        neutral=1.0,
+    ),
+    Keyword("divergence_high", "Tensor | float", 0.2, JOINT, group="inputs", least=0.0, neutral=1.0),
+    Keyword(
+        "ratio_cap",
+        "Tensor | float | None",
+        None,
+        """the weight is at most this; a number or a per-token tensor, at least 0. Default {ratio_cap}: no such
+        bound.""",
+        group="inputs",
+        least=0.0,
+        neutral=1.0,
+    ),
+    Keyword(
+        "k_positive",
+        "Tensor | float",
+        2.0,
+        """exponents of w and of e^(1 - w) for A >= 0; numbers or per-token tensors, k at least 0, lambda greater than
+        0. Default {k_positive} and {lambda_positive}.""",
+        group="inputs",
+        least=0.0,
+        neutral=1.0,
+    ),
+    Keyword("lambda_positive", "Tensor | float", 3.0, JOINT, group="inputs", least=0.0, reached=False, neutral=1.0),
+    Keyword(
+        "k_negative",
+        "Tensor | float",
+        3.0,
+        "the same for A < 0. Default {k_negative} and {lambda_negative}.",
+        group="inputs",
+        least=0.0,
+        neutral=1.0,
+    ),
+    Keyword("lambda_negative", "Tensor | float", 2.0, JOINT, group="inputs", least=0.0, reached=False, neutral=1.0),
     # ---- Of losses of a sequence's ratio ----
     Keyword(
         "ratio_level",
@@ -411,10 +453,13 @@ def _of_groups(*groups: str) -> tuple[str, ...]:
 _ROWS = ("logits", "target_tokens")
 _POLICY = (*_ROWS, "old_logprobs", "advantages")
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
+_GAMMA = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")
+_DIVERGENCE = ("divergence_low", "divergence_high")
 _SEQUENCES = ("cu_seqlens", "sequence_ratio_mask")
 _TRANSFORM = _of_groups("Transform")
 _COMMON = _of_groups("Reduction", "Transform", "How")
 _TERMS = (*_of_groups("PolicyTerms"), *_COMMON)
+_OF_A_RATIO = ("log_ratio_clamp", "kl_weighted_by_ratio")
 
 _RETURNS = """The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its
     gradient reaches ``logits`` only: all other inputs are constants."""
@@ -469,6 +514,31 @@ _FUNCTIONS = (
         call="cross_entropy",
     ),
     Loss(
+        "dft",
+        """Dynamic fine-tuning: cross entropy weighted by the target's own probability, ``-sg(p) logp`` with
+        p = exp(logp).
+
+        sg stops the gradient, which is that of ``-p``: what the policy finds unlikely moves it little. Wu et al., "On
+        the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification", 2025,
+        https://arxiv.org/abs/2508.05629.""",
+        (*_ROWS, *_COMMON),
+        call="of_logprob",
+    ),
+    Loss(
+        "reinforce",
+        """Policy gradient: ``-logp A``.
+
+        For samples of the policy itself; for those of another, ``importance_weights`` are the correction. Williams,
+        "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992,
+        https://doi.org/10.1007/BF00992696. With a group's advantages it is GPG's loss, Chu et al., "GPG: A Simple and
+        Strong Reinforcement Learning Baseline for Model Reasoning", 2025, https://arxiv.org/abs/2504.02546.""",
+        (*_ROWS, "advantages", *(name for name in _TERMS if name not in _OF_A_RATIO)),
+        words={
+            "importance_weights": """per-token factor of the objective, not of KL and entropy, for samples of another
+            policy; see :func:`truncated_importance_weights`. Default {importance_weights}: 1."""
+        },
+    ),
+    Loss(
         "importance_sampling",
         """Importance-sampled policy gradient: ``-r A``, with ``r = exp(logp - old_logprobs)``.
 
@@ -517,6 +587,26 @@ _FUNCTIONS = (
         call="sapo",
     ),
     Loss(
+        "dppo_tv",
+        """Divergence PPO, total variation: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+        M is 0 for A > 0 where the token is more probable than it was, p > q, and D exceeds ``divergence_high``; for
+        A < 0 where p < q and D exceeds ``divergence_low``; else 1. ``D = |p - q|``, p = exp(logp),
+        q = exp(old_logprobs): an improbable token's ratio may be any in this trust region. sg stops the gradient.
+        Qi et al., "Rethinking the Trust Region in LLM Reinforcement Learning", 2026,
+        https://arxiv.org/abs/2602.04879.""",
+        (*_POLICY, *_DIVERGENCE, "ratio_cap", *_TERMS),
+    ),
+    Loss(
+        "dppo_kl",
+        """Divergence PPO, KL divergence: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+        As :func:`dppo_tv`, with ``D = q log(q / p) + (1 - q) log((1 - q + e) / (1 - p + e))`` and e = 1e-8: the KL
+        divergence of "this token or any other", finite where p is 1. Qi et al., "Rethinking the Trust Region in LLM
+        Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879.""",
+        (*_POLICY, *_DIVERGENCE, "ratio_cap", *_TERMS),
+    ),
+    Loss(
         "gspo",
         """PPO's objective of the sequence's ratio: the geometric mean of its tokens' ratios.
 
@@ -549,6 +639,18 @@ _FUNCTIONS = (
             "clip_low_threshold": """absolute bounds on a token's ratio, 0 <= low <= high; numbers or per-token tensors.
             Default e^-0.4 and e^0.4."""
         },
+        more={"advantages": "The same for all tokens of a sequence."},
+        call="sequence_policy",
+    ),
+    Loss(
+        "vespo",
+        """Soft weights of whole sequences: ``-sg(phi(w)) logp A``, with ``phi(w) = w^k e^(lambda (1 - w))``.
+
+        w is the ratio of the whole sequence, the product of its tokens' ``exp(logp - old_logprobs)``, and phi(1) = 1;
+        far from 1 phi goes to 0, where no ratio overflows. Shen et al., "VESPO: Variational Sequence-Level Soft Policy
+        Optimization for Stable Off-Policy LLM Training", 2026, https://arxiv.org/abs/2602.10693.
+        ``log_ratio_clamp`` bounds each token's log ratio, and ``kl_weighted_by_ratio`` weights by a token's ratio.""",
+        (*_POLICY, *_SEQUENCES, *_GAMMA, *_TERMS),
         more={"advantages": "The same for all tokens of a sequence."},
         call="sequence_policy",
     ),

@@ -186,6 +186,8 @@ class LinearHead(Origin):
             )
         if self.logits_dtype not in (None, torch.float32):
             raise TypeError(f"logits_dtype must be None or float32, got {self.logits_dtype}")
+        if not isinstance(self.skip_masked, bool):
+            raise TypeError(f"skip_masked must be True or False, got {type(self.skip_masked).__name__}")
         checks.one_of("hidden_grad", self.hidden_grad, ("all_reduce", "partial"))
         if buffer is not None:
             if buffer.dtype not in (torch.float32, weight.dtype):

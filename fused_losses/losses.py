@@ -184,6 +184,320 @@ def cross_entropy(
 
 
 @overload
+def dft(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dft(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dft(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dft(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Dynamic fine-tuning: cross entropy weighted by the target's own probability, ``-sg(p) logp`` with p = exp(logp).
+
+    sg stops the gradient, which is that of ``-p``: what the policy finds unlikely moves it little. Wu et al., "On the
+    Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification", 2025,
+    https://arxiv.org/abs/2508.05629.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
+            ``ignore_index``, 0 if there are none; or "none", w * loss per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out. Default -100.
+        inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
+        recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
+            eager, for CPU tensors. A named backend never falls back.
+        validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
+            CPU, targets are always checked. Unchecked, a bad value makes its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``; ``outputs.logprobs`` is the (...) float32 logprob of each target,
+            detached, 0 where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in
+            use; ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its gradient
+        reaches ``logits`` only: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
+    """
+    return call.of_logprob(
+        "dft",
+        logits,
+        target_tokens,
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
+    )
+
+
+@overload
+def reinforce(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def reinforce(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def reinforce(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def reinforce(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Policy gradient: ``-logp A``.
+
+    For samples of the policy itself; for those of another, ``importance_weights`` are the correction. Williams, "Simple
+    Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992,
+    https://doi.org/10.1007/BF00992696. With a group's advantages it is GPG's loss, Chu et al., "GPG: A Simple and
+    Strong Reinforcement Learning Baseline for Model Reasoning", 2025, https://arxiv.org/abs/2504.02546.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples of another policy; see
+            :func:`truncated_importance_weights`. Default None: 1.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * H`` is added to the loss, H being the entropy of the
+            token's distribution, with its gradient. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
+            ``ignore_index``, 0 if there are none; or "none", w * loss per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out. Default -100.
+        inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
+        recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
+            eager, for CPU tensors. A named backend never falls back.
+        validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
+            CPU, targets are always checked. Unchecked, a bad value makes its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``; ``outputs.logprobs`` is the (...) float32 logprob of each target,
+            detached, 0 where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in
+            use; ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its gradient
+        reaches ``logits`` only: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
+    """
+    return call.policy(
+        "reinforce",
+        logits,
+        target_tokens,
+        {"advantages": advantages},
+        PolicyTerms(
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+        ),
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
+    )
+
+
+@overload
 def importance_sampling(
     logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
@@ -1249,6 +1563,441 @@ def sapo(
 
 
 @overload
+def dppo_tv(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dppo_tv(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dppo_tv(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dppo_tv(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Divergence PPO, total variation: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+    M is 0 for A > 0 where the token is more probable than it was, p > q, and D exceeds ``divergence_high``; for A < 0
+    where p < q and D exceeds ``divergence_low``; else 1. ``D = |p - q|``, p = exp(logp), q = exp(old_logprobs): an
+    improbable token's ratio may be any in this trust region. sg stops the gradient. Qi et al., "Rethinking the Trust
+    Region in LLM Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
+            and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
+        ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * H`` is added to the loss, H being the entropy of the
+            token's distribution, with its gradient. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
+            ``ignore_index``, 0 if there are none; or "none", w * loss per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out. Default -100.
+        inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
+        recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
+            eager, for CPU tensors. A named backend never falls back.
+        validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
+            CPU, targets are always checked. Unchecked, a bad value makes its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``; ``outputs.logprobs`` is the (...) float32 logprob of each target,
+            detached, 0 where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in
+            use; ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its gradient
+        reaches ``logits`` only: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
+    """
+    return call.policy(
+        "dppo_tv",
+        logits,
+        target_tokens,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "divergence_low": divergence_low,
+            "divergence_high": divergence_high,
+            "ratio_cap": ratio_cap,
+        },
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
+    )
+
+
+@overload
+def dppo_kl(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dppo_kl(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dppo_kl(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dppo_kl(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Divergence PPO, KL divergence: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+    As :func:`dppo_tv`, with ``D = q log(q / p) + (1 - q) log((1 - q + e) / (1 - p + e))`` and e = 1e-8: the KL
+    divergence of "this token or any other", finite where p is 1. Qi et al., "Rethinking the Trust Region in LLM
+    Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
+            and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
+        ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * H`` is added to the loss, H being the entropy of the
+            token's distribution, with its gradient. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
+            ``ignore_index``, 0 if there are none; or "none", w * loss per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out. Default -100.
+        inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
+        recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
+            eager, for CPU tensors. A named backend never falls back.
+        validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
+            CPU, targets are always checked. Unchecked, a bad value makes its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``; ``outputs.logprobs`` is the (...) float32 logprob of each target,
+            detached, 0 where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in
+            use; ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its gradient
+        reaches ``logits`` only: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
+    """
+    return call.policy(
+        "dppo_kl",
+        logits,
+        target_tokens,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "divergence_low": divergence_low,
+            "divergence_high": divergence_high,
+            "ratio_cap": ratio_cap,
+        },
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
+    )
+
+
+@overload
 def gspo(
     logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
@@ -1716,6 +2465,243 @@ def gmpo(
 
 
 @overload
+def vespo(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def vespo(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def vespo(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def vespo(
+    logits: Tensor | LinearHead | VocabShard,
+    target_tokens: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    recompute: bool = False,
+    upstream: Tensor | float = 1.0,
+    backend: BackendName = "auto",
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Soft weights of whole sequences: ``-sg(phi(w)) logp A``, with ``phi(w) = w^k e^(lambda (1 - w))``.
+
+    w is the ratio of the whole sequence, the product of its tokens' ``exp(logp - old_logprobs)``, and phi(1) = 1; far
+    from 1 phi goes to 0, where no ratio overflows. Shen et al., "VESPO: Variational Sequence-Level Soft Policy
+    Optimization for Stable Off-Policy LLM Training", 2026, https://arxiv.org/abs/2602.10693. ``log_ratio_clamp`` bounds
+    each token's log ratio, and ``kl_weighted_by_ratio`` weights by a token's ratio.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; the last dimension is the vocabulary. Any strides; where the last
+            one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
+            makes them a chunk at a time, or a :class:`VocabShard` of them.
+        target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
+            all tokens of a sequence.
+        cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0 whose target is not ``ignore_index``.
+        k_positive, lambda_positive: exponents of w and of e^(1 - w) for A >= 0; numbers or per-token tensors, k at
+            least 0, lambda greater than 0. Default 2 and 3.
+        k_negative, lambda_negative: the same for A < 0. Default 3 and 2.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * H`` is added to the loss, H being the entropy of the
+            token's distribution, with its gradient. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its row holds. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w) over tokens whose target is not
+            ``ignore_index``, 0 if there are none; or "none", w * loss per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        temperature: number > 0 or per-token tensor; the logits are divided by it. Default 1.
+        softcap: number > 0; the logits, times ``logit_scale``, become ``softcap * tanh(logits / softcap)`` before the
+            temperature. Default None: no cap.
+        logit_scale: number > 0; the logits are multiplied by it, before everything else. Default 1.
+        ignore_index: target of tokens to leave out. Default -100.
+        inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
+        recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
+        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
+            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
+            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
+            eager, for CPU tensors. A named backend never falls back.
+        validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
+            CPU, targets are always checked. Unchecked, a bad value makes its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``; ``outputs.logprobs`` is the (...) float32 logprob of each target,
+            detached, 0 where the target is ``ignore_index``; ``outputs.entropy`` likewise where ``entropy_coef`` is in
+            use; ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, 0-d or (...) for "none"; with ``return_outputs`` the pair ``(loss, outputs)``. Its gradient
+        reaches ``logits`` only: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+        RuntimeError: the named backend can't run here; or a second backward without ``recompute=True``.
+    """
+    return call.sequence_policy(
+        "vespo",
+        logits,
+        target_tokens,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "k_positive": k_positive,
+            "lambda_positive": lambda_positive,
+            "k_negative": k_negative,
+            "lambda_negative": lambda_negative,
+        },
+        Sequences(cu_seqlens=cu_seqlens, sequence_ratio_mask=sequence_ratio_mask),
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Transform(temperature=temperature, softcap=softcap, logit_scale=logit_scale),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator, ignore_index=ignore_index),
+        How(
+            inplace=inplace,
+            recompute=recompute,
+            upstream=upstream,
+            backend=backend,
+            validate=validate,
+            return_outputs=return_outputs,
+        ),
+    )
+
+
+@overload
 def policy_loss(
     logits: Tensor | LinearHead | VocabShard,
     target_tokens: Tensor,
@@ -1838,8 +2824,9 @@ def policy_loss(
             * an :class:`Objective`, whose formula also returns the derivative and which may have the same formula as a
               Triton function: one pass on the backends "triton", which "auto" then takes for CUDA tensors, and "eager",
               two phase on the others. ``inputs`` are its columns, in order: numbers, or tensors broadcastable to (...).
-            * the name of one of ours: "importance_sampling", "ppo", "cispo", "dro" or "sapo". ``inputs`` are its
-              columns in the order of the loss's own arguments; bounds that are left out have the loss's defaults.
+            * the name of one of ours: "reinforce", "importance_sampling", "ppo", "cispo", "dro", "sapo", "dppo_tv" or
+              "dppo_kl". ``inputs`` are its columns in the order of the loss's own arguments; bounds that are left out
+              have the loss's defaults.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
             with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is

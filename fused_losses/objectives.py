@@ -30,6 +30,16 @@ def cross_entropy(logp: Tensor) -> Loss:
     return _checked(-logp, -torch.ones_like(logp), logp)
 
 
+def dft(logp: Tensor) -> Loss:
+    g = -torch.exp(logp.detach())
+    return _checked(linear(g, logp), g, logp)
+
+
+def reinforce(logp: Tensor, advantages: Tensor) -> Loss:
+    g = torch.where(advantages == 0, 0.0, -advantages).expand_as(logp)
+    return _checked(linear(g, logp), g, logp)
+
+
 def importance_sampling(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, log_ratio_clamp: Tensor) -> Loss:
     idle = _no_advantage(old_logprobs, advantages)
     clamped, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
@@ -78,9 +88,7 @@ def cispo(
     ratio = torch.exp(clamped)
     weight = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
     g = -torch.where(idle, 0.0, weight * advantages)
-    idle = g == 0  # ratio 0 comes with logp -inf
-    loss = torch.where(idle, 0.0, g * logp.masked_fill(idle, 0.0))
-    return _checked(loss, g, logp, _valid_clip(low, high) & (log_ratio_clamp >= 0))
+    return _checked(linear(g, logp), g, logp, _valid_clip(low, high) & (log_ratio_clamp >= 0))
 
 
 def dro(logp: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: Tensor, log_ratio_clamp: Tensor) -> Loss:
@@ -116,7 +124,73 @@ def sapo(
     return _checked(loss, g, logp, (tau_positive > 0) & (tau_negative > 0) & (log_ratio_clamp >= 0))
 
 
+def dppo_tv(
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    divergence_low: Tensor,
+    divergence_high: Tensor,
+    log_ratio_clamp: Tensor,
+    ratio_cap: Tensor,
+) -> Loss:
+    divergence = (torch.exp(logp.detach()) - torch.exp(old_logprobs)).abs()
+    return _in_trust_region(
+        divergence, logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap
+    )
+
+
+def dppo_kl(
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    divergence_low: Tensor,
+    divergence_high: Tensor,
+    log_ratio_clamp: Tensor,
+    ratio_cap: Tensor,
+) -> Loss:
+    divergence = binary_kl(old_logprobs, logp.detach())
+    return _in_trust_region(
+        divergence, logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap
+    )
+
+
+def _in_trust_region(
+    divergence: Tensor,
+    logp: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    low: Tensor,
+    high: Tensor,
+    log_ratio_clamp: Tensor,
+    ratio_cap: Tensor,
+) -> Loss:
+    """-sg(min(r, cap)) logp A; 0 where the advantage would drive the token on, out of the region."""
+    x = logp.detach()
+    up = (advantages > 0) & (x > old_logprobs) & (divergence > high)
+    down = (advantages < 0) & (x < old_logprobs) & (divergence > low)
+    idle = _no_advantage(old_logprobs, advantages) | up | down
+    ratio = torch.exp(log_ratio(x, old_logprobs, log_ratio_clamp)[0])
+    g = -torch.where(idle, 0.0, torch.where(ratio > ratio_cap, ratio_cap, ratio) * advantages)
+    valid = (low >= 0) & (high >= 0) & (log_ratio_clamp >= 0) & (ratio_cap >= 0)
+    return _checked(linear(g, logp), g, logp, valid)
+
+
+def binary_kl(logp: Tensor, other_logp: Tensor) -> Tensor:
+    """KL of "this token or any other" under two policies, as frameworks form it: finite where other_logp is 0."""
+    p = torch.exp(logp)
+    others, of_other = (torch.expm1(x).neg().clamp(min=0.0) for x in (logp, other_logp))  # 1 - p, with all its digits
+    drift = torch.where(p == 0, 0.0, p * (logp - other_logp))
+    return drift + others * torch.log((others + _KL_FLOOR) / (of_other + _KL_FLOOR))
+
+
+_KL_FLOOR = 1e-8
 _SAPO_SATURATED = 104.0  # from there on 1 - sigmoid(u) is 0 in float32, and times a ratio that overflows NaN
+
+
+def linear(g: Tensor, logp: Tensor) -> Tensor:
+    """g * logp, g a constant; 0 where that is: a ratio or a probability of 0 comes with logp -inf."""
+    nothing = g == 0
+    return torch.where(nothing, 0.0, g * logp.masked_fill(nothing, 0.0))
 
 
 def constant(column: Tensor | float, like: Tensor) -> Tensor:
@@ -170,6 +244,7 @@ class Objective:
 
 _POLICY = ("old_logprobs", "advantages")
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
+_DIVERGENCE = ("divergence_low", "divergence_high")
 _CLAMP = ("log_ratio_clamp",)
 
 OBJECTIVES: dict[str, Objective] = {
@@ -182,5 +257,9 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("cispo", cispo, _POLICY, _CLIP, limits=_CLAMP),
         Objective("dro", dro, _POLICY, ("beta",), limits=_CLAMP),
         Objective("sapo", sapo, _POLICY, ("tau_positive", "tau_negative"), limits=_CLAMP),
+        Objective("dft", dft),
+        Objective("reinforce", reinforce, ("advantages",)),
+        Objective("dppo_tv", dppo_tv, _POLICY, _DIVERGENCE, limits=(*_CLAMP, "ratio_cap")),
+        Objective("dppo_kl", dppo_kl, _POLICY, _DIVERGENCE, limits=(*_CLAMP, "ratio_cap")),
     )
 }

@@ -92,6 +92,202 @@ def cross_entropy(
 
 
 @overload
+def dft(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dft(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dft(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dft(
+    logprobs: Tensor,
+    *,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Dynamic fine-tuning: cross entropy weighted by the target's own probability, ``-sg(p) logp`` with p = exp(logp).
+
+    sg stops the gradient, which is that of ``-p``: what the policy finds unlikely moves it little. Wu et al., "On the
+    Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification", 2025,
+    https://arxiv.org/abs/2508.05629.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.of_logprob(
+        "dft",
+        logprobs,
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def reinforce(
+    logprobs: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def reinforce(
+    logprobs: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def reinforce(
+    logprobs: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def reinforce(
+    logprobs: Tensor,
+    advantages: Tensor | float,
+    *,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Policy gradient: ``-logp A``.
+
+    For samples of the policy itself; for those of another, ``importance_weights`` are the correction. Williams, "Simple
+    Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992,
+    https://doi.org/10.1007/BF00992696. With a group's advantages it is GPG's loss, Chu et al., "GPG: A Simple and
+    Strong Reinforcement Learning Baseline for Model Reasoning", 2025, https://arxiv.org/abs/2504.02546.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples of another policy; see
+            :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "reinforce",
+        logprobs,
+        {"advantages": advantages},
+        entropy,
+        PolicyTerms(
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
 def importance_sampling(
     logprobs: Tensor,
     old_logprobs: Tensor | float,
@@ -877,6 +1073,329 @@ def sapo(
 
 
 @overload
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dppo_tv(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Divergence PPO, total variation: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+    M is 0 for A > 0 where the token is more probable than it was, p > q, and D exceeds ``divergence_high``; for A < 0
+    where p < q and D exceeds ``divergence_low``; else 1. ``D = |p - q|``, p = exp(logp), q = exp(old_logprobs): an
+    improbable token's ratio may be any in this trust region. sg stops the gradient. Qi et al., "Rethinking the Trust
+    Region in LLM Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
+            and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
+        ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "dppo_tv",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "divergence_low": divergence_low,
+            "divergence_high": divergence_high,
+            "ratio_cap": ratio_cap,
+        },
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def dppo_kl(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Divergence PPO, KL divergence: ``-sg(min(r, ratio_cap)) M logp A``, with ``r = exp(logp - old_logprobs)``.
+
+    As :func:`dppo_tv`, with ``D = q log(q / p) + (1 - q) log((1 - q + e) / (1 - p + e))`` and e = 1e-8: the KL
+    divergence of "this token or any other", finite where p is 1. Qi et al., "Rethinking the Trust Region in LLM
+    Reinforcement Learning", 2026, https://arxiv.org/abs/2602.04879.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
+            and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
+        ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.policy(
+        "dppo_kl",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "divergence_low": divergence_low,
+            "divergence_high": divergence_high,
+            "ratio_cap": ratio_cap,
+        },
+        entropy,
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
 def gspo(
     logprobs: Tensor,
     old_logprobs: Tensor | float,
@@ -1232,6 +1751,187 @@ def gmpo(
 
 
 @overload
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: Literal[True],
+) -> tuple[Tensor, Outputs]: ...
+@overload
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool,
+) -> Tensor | tuple[Tensor, Outputs]: ...
+def vespo(
+    logprobs: Tensor,
+    old_logprobs: Tensor | float,
+    advantages: Tensor | float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    sequence_ratio_mask: Tensor | None = None,
+    k_positive: Tensor | float = 2.0,
+    lambda_positive: Tensor | float = 3.0,
+    k_negative: Tensor | float = 3.0,
+    lambda_negative: Tensor | float = 2.0,
+    log_ratio_clamp: Tensor | float | None = None,
+    importance_weights: Tensor | float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    ref_logprobs: Tensor | float | None = None,
+    kl_coef: Tensor | float = 0.0,
+    kl_type: KlType = "k3",
+    kl_weighted_by_ratio: bool = False,
+    weights: Tensor | float | None = None,
+    reduction: ReductionName = "mean",
+    denominator: Tensor | float | None = None,
+    validate: bool = False,
+    return_outputs: bool = False,
+) -> Tensor | tuple[Tensor, Outputs]:
+    """Soft weights of whole sequences: ``-sg(phi(w)) logp A``, with ``phi(w) = w^k e^(lambda (1 - w))``.
+
+    w is the ratio of the whole sequence, the product of its tokens' ``exp(logp - old_logprobs)``, and phi(1) = 1; far
+    from 1 phi goes to 0, where no ratio overflows. Shen et al., "VESPO: Variational Sequence-Level Soft Policy
+    Optimization for Stable Off-Policy LLM Training", 2026, https://arxiv.org/abs/2602.10693. ``log_ratio_clamp`` bounds
+    each token's log ratio, and ``kl_weighted_by_ratio`` weights by a token's ratio.
+
+    Args:
+        logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
+            With 16 bits they are brought to float32.
+        old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
+            all tokens of a sequence.
+        cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
+            row-major order. Default None: the last dimension of the tokens is the sequence.
+        sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
+            Default None: those of a weight other than 0.
+        k_positive, lambda_positive: exponents of w and of e^(1 - w) for A >= 0; numbers or per-token tensors, k at
+            least 0, lambda greater than 0. Default 2 and 3.
+        k_negative, lambda_negative: the same for A < 0. Default 3 and 2.
+        log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
+            with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
+        importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
+            not the policy of ``old_logprobs``; see :func:`truncated_importance_weights`. Default None: 1.
+        entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
+            Default None.
+        entropy_coef: number or per-token tensor; ``-entropy_coef * entropy`` is added to the loss. Default 0.
+        ref_logprobs: logprobs of the targets under a reference policy, a number or broadcastable to (...).
+        kl_coef: number or per-token tensor; ``kl_coef * KL(logp, ref_logprobs)`` is added to the loss. Default 0.
+        kl_type: with f = ref_logprobs, "k1" logp - f, "k2" (logp - f)^2 / 2, "k3" e^(f - logp) - (f - logp) - 1, or
+            "abs" |logp - f|. Default "k3". Not clamped.
+        kl_weighted_by_ratio: multiply KL by the loss's ratio, with a gradient through both. The ratio is exp(logp -
+            old_logprobs) if the loss does not name another.
+        weights: per-token factor of the loss, a number or broadcastable to (...); 0 masks the token. A masked token's
+            loss and gradient are exactly 0, whatever its logprob is. Default None: 1.
+        reduction: "sum"; "mean", the weighted mean sum(w loss) / sum(w), 0 where all weights are; or "none", w * loss
+            per token.
+        denominator: number or 0-d tensor; the sum is divided by it instead of by the mean's own count, for gradient
+            accumulation and data parallelism. Default None.
+        validate: check the values of per-token bounds, too; synchronises with the device. Unchecked, a bad value makes
+            its own token NaN and no other.
+        return_outputs: return ``(loss, outputs)``: ``outputs.logprobs`` and ``outputs.entropy`` are those given,
+            detached, and ``outputs.metrics`` are computed when asked for, see :class:`Outputs`.
+
+    Returns:
+        The loss in float32, or float64 where ``logprobs`` are, 0-d or (...) for "none"; with ``return_outputs`` the
+        pair ``(loss, outputs)``. Its gradient reaches ``logprobs`` and ``entropy``: all other inputs are constants.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
+    """
+    return from_logprobs.sequence_policy(
+        "vespo",
+        logprobs,
+        {
+            "old_logprobs": old_logprobs,
+            "advantages": advantages,
+            "k_positive": k_positive,
+            "lambda_positive": lambda_positive,
+            "k_negative": k_negative,
+            "lambda_negative": lambda_negative,
+        },
+        entropy,
+        Sequences(cu_seqlens=cu_seqlens, sequence_ratio_mask=sequence_ratio_mask),
+        PolicyTerms(
+            log_ratio_clamp=log_ratio_clamp,
+            importance_weights=importance_weights,
+            entropy_coef=entropy_coef,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            kl_type=kl_type,
+            kl_weighted_by_ratio=kl_weighted_by_ratio,
+        ),
+        Reduction(weights=weights, reduction=reduction, denominator=denominator),
+        How(validate=validate, return_outputs=return_outputs),
+    )
+
+
+@overload
 def policy_loss(
     logprobs: Tensor,
     objective: str | Objective | Callable[..., Tensor],
@@ -1317,8 +2017,9 @@ def policy_loss(
               0-d loss of the whole batch, which weights, reduction and denominator then leave as it is. ``inputs`` are
               handed over as they are. At tokens of weight 0, logp is 0 and nothing flows back.
             * an :class:`Objective`. ``inputs`` are its columns, in order: numbers, or tensors broadcastable to (...).
-            * the name of one of ours: "importance_sampling", "ppo", "cispo", "dro" or "sapo". ``inputs`` are its
-              columns in the order of the loss's own arguments; bounds that are left out have the loss's defaults.
+            * the name of one of ours: "reinforce", "importance_sampling", "ppo", "cispo", "dro", "sapo", "dppo_tv" or
+              "dppo_kl". ``inputs`` are its columns in the order of the loss's own arguments; bounds that are left out
+              have the loss's defaults.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
             with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is

@@ -477,7 +477,7 @@ class WatchedHead(NamedTuple):
         loss, logprobs, coefficients, stats = _operators.head_forward(
             *self._arguments(inputs), *self._problem(problem), reduce
         )
-        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats))
+        return Forward(loss, logprobs, Coefficients(coefficients), Stats(stats, problem.terms.statistics))
 
     def grad(
         self,

@@ -26,17 +26,17 @@ class Statistics(NamedTuple):
 
     logprobs: Tensor | None  # float32, differentiable
     entropy: Tensor | None  # float32, differentiable
-    log_sum_squares: Tensor | None  # float32, detached, as mean_logit is
-    mean_logit: Tensor | None
+    log_sum_squares: Tensor | None  # float32, detached
+    mean_logit: Tensor | None  # float32, detached
     top1: Tensor | None  # bool
 
 
 class Outputs(NamedTuple):
     """What ``return_outputs=True`` adds to the loss. Detached from the graph."""
 
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    call: Call | None = None
+    logprobs: Tensor  # float32, of the targets' shape
+    entropy: Tensor | None = None  # likewise, where an entropy_coef is in use
+    call: Call | None = None  # what metrics are made of
 
     @property
     def metrics(self) -> dict[str, Tensor]:

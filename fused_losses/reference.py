@@ -239,13 +239,18 @@ def _policy_loss(given: _Asked) -> Any:
 
 
 cross_entropy = _per_token("cross_entropy")
+dft = _per_token("dft")
+reinforce = _per_token("reinforce")
 importance_sampling = _per_token("importance_sampling")
 ppo = _per_token("ppo")
 cispo = _per_token("cispo")
 dro = _per_token("dro")
+dppo_tv = _per_token("dppo_tv")
+dppo_kl = _per_token("dppo_kl")
 sapo = _loss(_sapo, "sapo")
 gspo = _loss(lambda given: _of_sequences("gspo", given), "gspo")
 gmpo = _loss(lambda given: _of_sequences("gmpo", given), "gmpo")
+vespo = _loss(lambda given: _of_sequences("vespo", given), "vespo")
 policy_loss = _loss(_policy_loss, "policy_loss")
 
 

@@ -26,6 +26,7 @@ from fused_losses.terms import Seen, kl, row_loss, times
 
 LOSSES = tuple(name for name, objective in OBJECTIVES.items() if objective.is_loss)
 POLICY_LOSSES = tuple(name for name in LOSSES if "advantages" in OBJECTIVES[name].inputs)
+RATIO_LOSSES = tuple(name for name in POLICY_LOSSES if "old_logprobs" in OBJECTIVES[name].inputs)
 CLIPPED_LOSSES = tuple(name for name in LOSSES if "clip_low_threshold" in OBJECTIVES[name].bounds)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES: dict[str, dict[str, Any]] = {  # the ways to a gradient
@@ -53,6 +54,8 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "clip_low_threshold": lambda x: 0.4 + 0.2 * torch.rand(x.shape),
     "clip_high_threshold": lambda x: 1.5 + torch.rand(x.shape),
     "beta": lambda x: torch.rand(x.shape),
+    "divergence_low": lambda x: 0.1 * torch.rand(x.shape),
+    "divergence_high": lambda x: 0.1 * torch.rand(x.shape),
 }
 
 
@@ -321,7 +324,7 @@ def _loss_scale(case: Case) -> Tensor:
         return (1 + x.abs()).detach()
     given, vocab = case.keywords, case.logits.shape[-1]
     spread = 1 + x.abs() + _cap(case)
-    old = inputs[0].abs() if inputs else torch.zeros_like(x)
+    old = inputs[0].abs() if case.objective in RATIO_LOSSES else torch.zeros_like(x)
     losses = OBJECTIVES[case.objective].formula(x, *inputs)[0]
     (g,) = torch.autograd.grad(losses.sum(), x)
     scale = times(terms.importance_weights.abs(), losses.abs() + g.abs() * (spread + old))

@@ -33,8 +33,13 @@ def objective(
     tau_negative: Tensor | float = 1.05,
     dual_clip: Tensor | float | None = None,
     delta: Tensor | float | None = None,
+    divergence_low: Tensor | float = 0.2,
+    divergence_high: Tensor | float = 0.2,
+    ratio_cap: Tensor | float | None = None,
     log_ratio_clamp: Tensor | float | None = None,
 ) -> Tensor:
+    if name == "reinforce":
+        return -a * x
     low, high = clip_low_threshold, clip_high_threshold
     difference = log_ratio(x, q, log_ratio_clamp)
     r = torch.exp(difference)
@@ -48,6 +53,15 @@ def objective(
         return -torch.clamp(r, bound(low, r), bound(high, r)).detach() * x * a
     if name == "dro":
         return -(x * a - beta / 2 * difference**2)
+    if name in ("dppo_tv", "dppo_kl"):
+        p, before = torch.exp(x), torch.exp(bound(q, x))
+        far = (p - before).abs()
+        if name == "dppo_kl":
+            others = (1 - before + 1e-8) / (1 - p + 1e-8)
+            far = before * (q - x) + (1 - before) * torch.log(others)
+        beyond = ((a > 0) & (p > before) & (far > divergence_high)) | ((a < 0) & (p < before) & (far > divergence_low))
+        weight = r if ratio_cap is None else torch.minimum(r, bound(ratio_cap, r))
+        return -torch.where(beyond, 0.0, weight).detach() * x * a
     assert name == "sapo"
     tau = torch.where(a > 0, bound(tau_positive, r), bound(tau_negative, r))
     return -torch.sigmoid(tau * (r - 1)) * 4 / tau * a

@@ -4,12 +4,12 @@ Each function is written here from the framework's definition. It takes ``(logpr
 all (B, T), advantages (B, T) or (B, 1), and returns the scalar that the framework calls backward on. Formulas are naive
 on purpose, masks multiply as they do there: use them on finite numbers, in float64.
 
-``published_verl`` and ``published_trl`` load the frameworks' own code where their packages are installed, so that
-test_oracles.py can hold the definitions against it. Neither needs a framework's dependencies, only its files:
+``published_verl``, ``published_trl`` and others load the frameworks' own code where their packages are installed, so
+that test_oracles.py can hold the definitions against it. None needs a framework's dependencies, only its files:
 
-    pip install --no-deps verl==0.9.1 trl==1.16.0        # 11 MB, a second
+    pip install --no-deps --ignore-requires-python -r tests/oracles.txt
 
-imports of what the loss functions never call are stubs while they load.
+imports of what the loss functions never call are stubs while they load, or the functions are taken out of their file.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ def trl(
     ref_logprobs: Tensor | None = None,
     use_bias_correction_kl: bool = True,
     importance_sampling_ratio: Tensor | None = None,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    off_policy_mask_threshold: float | None = None,
+    sampling_logprobs: Tensor | None = None,
     entropies: Tensor | None = None,
     entropy_coef: float = 0.0,
     max_completion_length: int | None = None,
@@ -92,9 +98,22 @@ def trl(
         losses = -ratio.clamp(max=high).detach() * advantages * logprobs  # epsilon_high is the bound itself, no 1 +
     elif loss_type == "sapo":
         losses = soft_gate(ratio, advantages, sapo_temperature_pos, sapo_temperature_neg)
+    elif loss_type == "vespo":
+        # the ratio of the whole sequence, and a soft weight of it
+        log_w = ((logprobs - old_logprobs).clamp(-20, 20) * mask).sum(-1, keepdim=True)
+        if importance_sampling_ratio is not None:
+            log_w = log_w + importance_sampling_ratio.log().clamp(math.log(1e-8), 20).sum(-1, keepdim=True)
+        log_w = log_w.clamp(math.log(1e-8), 20)
+        k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg)
+        rate = torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg)
+        losses = -(rate + k * log_w - rate * log_w.exp()).exp().detach() * advantages * logprobs
     else:
         losses = clipped(ratio, advantages, 1 - epsilon, 1 + high, delta)
-    if importance_sampling_ratio is not None:
+    if off_policy_mask_threshold is not None:
+        assert sampling_logprobs is not None
+        drift = row_mean(sampling_logprobs - logprobs.detach(), mask)[:, None]
+        losses = losses * ((advantages >= 0) | (drift <= off_policy_mask_threshold))
+    if importance_sampling_ratio is not None and loss_type != "vespo":
         losses = losses * importance_sampling_ratio
     if beta:
         assert ref_logprobs is not None
@@ -111,7 +130,7 @@ def trl(
         assert max_completion_length is not None
         loss = total / (len(mask) * max_completion_length) / gradient_accumulation_steps
     else:
-        assert loss_type in ("dapo", "cispo") and num_items_in_batch is not None
+        assert loss_type in ("dapo", "cispo", "vespo") and num_items_in_batch is not None
         items_here = max(num_items_in_batch, 1) / num_processes * gradient_accumulation_steps / steps_per_generation
         loss = total / items_here
     if entropy_coef:
@@ -238,6 +257,53 @@ def verl_dro(
     return verl_reduce(losses * rollout_is_weights, mask, loss_agg_mode, **reduction)
 
 
+def verl_dppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    divergence: str,
+    loss_agg_mode: str = "token-mean",
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 20.0,
+    rollout_is_weights: Tensor | float = 1.0,
+    **reduction: Any,
+) -> Tensor:
+    """loss_mode "dppo_tv" or "dppo_kl": the clip ratios are bounds on the divergence."""
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=clip_ratio_c)
+    kept = in_trust_region(logprobs, old_logprobs, advantages, divergence, clip_ratio_low, clip_ratio_high)
+    losses = -(ratio * kept).detach() * advantages * logprobs
+    return verl_reduce(losses * rollout_is_weights, mask, loss_agg_mode, **reduction)
+
+
+def in_trust_region(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, divergence: str, low: float, high: float
+) -> Tensor:
+    p, old = logprobs.exp(), old_logprobs.exp()
+    distance = (p - old).abs() if divergence == "tv" else openrlhf_binary_kl(old, p, 1e-8)
+    return torch.where(advantages > 0, (distance <= high) | (p <= old), (distance <= low) | (p >= old))
+
+
+def openrlhf_binary_kl(p: Tensor, q: Tensor, added: float = 0.0) -> Tensor:
+    return p * (p / q).log() + (1 - p) * ((1 - p + added) / (1 - q + added)).log()
+
+
+def verl_gpg(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    loss_agg_mode: str = "token-mean",
+    rollout_is_weights: Tensor | float = 1.0,
+    **reduction: Any,
+) -> Tensor:
+    """loss_mode "gpg", and the "reinforce" of "bypass_mode"."""
+    return verl_reduce(-logprobs * advantages * rollout_is_weights, mask, loss_agg_mode, **reduction)
+
+
 def verl_gmpo(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -324,6 +390,64 @@ def skyrl_ppo(
     return (losses * mask).sum()
 
 
+def skyrl_dppo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    dppo_type: str,
+    delta_low: float,
+    delta_high: float,
+) -> Tensor:
+    """The ratio itself, and not times the logprob: the value is another than verl's, the gradient is the same."""
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    kept = in_trust_region(logprobs, old_logprobs, advantages, dppo_type[-2:], delta_low, delta_high).detach()
+    return (-ratio * advantages * kept * mask).sum()
+
+
+# OpenRLHF: PolicyLoss with is_correction_mode "mask", a token mean ----------------------------------------------------
+
+
+def openrlhf(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    sampler_logprobs: Tensor,
+    gating: str,
+    level: str,
+    threshold: tuple[float, float],
+) -> Tensor:
+    losses = clipped((logprobs - old_logprobs).clamp(-20, 20).exp(), advantages, 0.8, 1.2)
+    log_ratio = old_logprobs - sampler_logprobs
+    p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (sampler_logprobs, old_logprobs))
+    measured = {"ratio": log_ratio, "binary_kl": openrlhf_binary_kl(p, q), "tv": (p - q).abs()}[gating]
+    if level == "seq":
+        measured = ((measured * mask).sum(-1) / mask.sum(-1))[:, None]  # of an empty sequence NaN
+    measured = measured.exp() if gating == "ratio" else measured
+    kept = (measured >= threshold[0]) & (measured <= threshold[1])
+    return (torch.where(kept, log_ratio.exp(), 0.0) * losses * mask).sum() / mask.sum()
+
+
+# Fine-tuning: of the logits of the tokens and the tokens that they are to predict, already shifted --------------------
+
+
+def dft(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the tokens that count."""
+    kept = labels != -100
+    x = logits.log_softmax(-1)[kept].gather(-1, labels[kept][:, None])
+    return (-x.exp().detach() * x).sum() / kept.sum()
+
+
+def eaft(logits: Tensor, labels: Tensor, alpha: float, k: int) -> Tensor:
+    kept = labels != -100
+    x = logits.log_softmax(-1)[kept].gather(-1, labels[kept][:, None])[:, 0]
+    p = logits[kept].sort(-1, descending=True).values[:, :k].softmax(-1).detach()
+    return (-x * (-(p * p.log()).sum(-1)) ** alpha).mean()
+
+
 # Tinker: sums over tokens; the bounds are the ratio's own -------------------------------------------------------------
 
 
@@ -379,6 +503,24 @@ def _load(name: str, path: Path) -> ModuleType:
     return module
 
 
+def _taken(package: str, path: str, *names: str, within: str | None = None, **known: Any) -> SimpleNamespace | None:
+    """Functions and classes of those names out of a file, or methods of the class ``within``, without its imports and
+    their decorators; None where the package is not installed. known: what else they name."""
+    root = _installed(package)
+    if root is None:
+        return None
+    body = ast.parse((root / path).read_text()).body
+    if within is not None:
+        (body,) = (node.body for node in body if isinstance(node, ast.ClassDef) and node.name == within)
+    found = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names]
+    assert len(found) == len(names), f"{path} of {package} has not all of {names}"
+    for node in found:
+        node.decorator_list = []
+    namespace: dict[str, Any] = {"torch": torch, "math": math} | known
+    exec(compile(ast.Module(found, []), str(root / path), "exec"), namespace)  # annotations are not looked at, as here
+    return SimpleNamespace(**{name: namespace[name] for name in names})
+
+
 class _Config(SimpleNamespace):
     """Stands for verl's ActorConfig, whose module imports all of verl."""
 
@@ -430,16 +572,11 @@ def published_trl() -> Callable[..., Tensor] | None:
 
     The method is taken out of its file: importing that needs transformers, accelerate and datasets.
     """
-    root = _installed("trl")
-    if root is None:
+    names = ("_compute_loss", "get_gamma_weights", "get_off_policy_mask")
+    extremes = {"nanmin": torch.min, "nanmax": torch.max}
+    methods = _taken("trl", "trainer/grpo_trainer.py", *names, within="GRPOTrainer", **extremes)
+    if methods is None:
         return None
-    path = root / "trainer" / "grpo_trainer.py"
-    tree = ast.parse(path.read_text())
-    (trainer,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "GRPOTrainer")
-    (method,) = (n for n in trainer.body if isinstance(n, ast.FunctionDef) and n.name == "_compute_loss")
-    namespace: dict[str, Any] = {"torch": torch, "math": math, "nanmin": torch.min, "nanmax": torch.max}
-    exec(compile(ast.Module([method], []), str(path), "exec"), namespace)
-    compute_loss = namespace["_compute_loss"]
 
     def loss(
         logprobs: Tensor,
@@ -458,6 +595,12 @@ def published_trl() -> Callable[..., Tensor] | None:
         ref_logprobs: Tensor | None = None,
         use_bias_correction_kl: bool = True,
         importance_sampling_ratio: Tensor | None = None,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
+        off_policy_mask_threshold: float | None = None,
+        sampling_logprobs: Tensor | None = None,
         entropies: Tensor | None = None,
         entropy_coef: float = 0.0,
         max_completion_length: int | None = None,
@@ -472,6 +615,10 @@ def published_trl() -> Callable[..., Tensor] | None:
             sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg,
             use_bias_correction_kl=use_bias_correction_kl,
+            vespo_k_pos=vespo_k_pos,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_neg=vespo_lambda_neg,
             steps_per_generation=steps_per_generation,
         )
         trainer = SimpleNamespace(
@@ -489,7 +636,9 @@ def published_trl() -> Callable[..., Tensor] | None:
             entropy_coef=entropy_coef,
             use_adaptive_entropy=False,
             top_entropy_quantile=1.0,
-            off_policy_mask_threshold=None,
+            off_policy_mask_threshold=off_policy_mask_threshold,
+            get_gamma_weights=torch.no_grad()(methods.get_gamma_weights),
+            get_off_policy_mask=methods.get_off_policy_mask,
             aux_loss_enabled=False,
             model=SimpleNamespace(training=True),
             accelerator=SimpleNamespace(
@@ -513,6 +662,62 @@ def published_trl() -> Callable[..., Tensor] | None:
             "importance_sampling_ratio": importance_sampling_ratio,
             "num_items_in_batch": torch.tensor(float(num_items_in_batch or 0)),
         }
-        return compute_loss(trainer, None, inputs)
+        if sampling_logprobs is not None:
+            inputs["sampling_per_token_logps"] = sampling_logprobs
+        return methods._compute_loss(trainer, None, inputs)
 
     return loss
+
+
+@cache
+def published_skyrl() -> SimpleNamespace | None:
+    """SkyRL's ``dppo_policy_loss``, ``cross_entropy_loss`` and ``importance_sampling_loss``."""
+    names = ("masked_mean", "safe_exp_delta")
+    helpers = _taken("skyrl", "backends/skyrl_train/utils/torch_utils.py", *names)
+    if helpers is None:
+        return None
+    names = ("dppo_policy_loss", "cross_entropy_loss", "importance_sampling_loss", "reduce_loss")
+    known = vars(helpers) | {"apply_off_policy_correction": lambda loss, old, rollout, mask, config: (loss, mask, {})}
+    return _taken("skyrl", "backends/skyrl_train/utils/ppo_utils.py", *names, **known)
+
+
+@cache
+def published_openrlhf() -> Callable[..., Tensor] | None:
+    """OpenRLHF's PolicyLoss with the signature of :func:`openrlhf`."""
+    helpers = _taken("openrlhf", "models/utils.py", "masked_mean")
+    if helpers is None:
+        return None
+    classes = _taken("openrlhf", "models/loss.py", "aggregate_loss", "PolicyLoss", nn=torch.nn, **vars(helpers))
+    assert classes is not None
+
+    def loss(
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        sampler_logprobs: Tensor,
+        gating: str,
+        level: str,
+        threshold: tuple[float, float],
+    ) -> Tensor:
+        options = {"is_correction_gating": gating, "is_correction_level": level}
+        policy_loss = classes.PolicyLoss(is_correction_threshold=threshold, **options)
+        return policy_loss(logprobs, old_logprobs, advantages, mask, sampler_logprobs)[0]
+
+    return loss
+
+
+@cache
+def published_axolotl() -> SimpleNamespace | None:
+    """Axolotl's ``dft_loss`` and ``eaft_loss``."""
+    functional = {"F": torch.nn.functional}
+    dft, eaft = (_taken("axolotl", f"monkeypatch/loss/{name}.py", f"{name}_loss", **functional) for name in
+                 ("dft", "eaft"))  # fmt: skip
+    return None if dft is None or eaft is None else SimpleNamespace(**vars(dft), **vars(eaft))
+
+
+@cache
+def published_swift() -> SimpleNamespace | None:
+    """ms-swift's ``per_token_loss_func``."""
+    return _taken("swift", "trainers/utils.py", "per_token_loss_func", F=torch.nn.functional)

@@ -178,6 +178,7 @@ COMPOSED: dict[str, Callable[[Any, Any, dict[str, Tensor]], Any]] = {
         x, d["targets"], d["old"], d["advantages"], cu_seqlens=CUT, ratio_gradient="sequence", entropy_coef=0.1
     ),
     "gmpo": lambda m, x, d: m.gmpo(x, d["targets"], d["old"], d["advantages"], cu_seqlens=CUT, softcap=9.0),
+    "vespo": lambda m, x, d: m.vespo(x, d["targets"], d["old"], d["advantages"], cu_seqlens=CUT),
     "sapo": lambda m, x, d: m.sapo(
         x, d["targets"], d["old"], d["advantages"], ratio_level="sequence", cu_seqlens=CUT, temperature=0.7
     ),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,26 +97,57 @@ def test_interface_overhead_is_measured(records: list[dict]) -> None:
         assert r["overhead_us"] == pytest.approx(1e3 * (r["median_ms"] - times[r["backend"], "kernels"]))
 
 
-def test_report_fills_the_readme_and_check_guards_it(
+def test_report_fills_the_pages_and_check_guards_them(
     records_file: Path, bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    names = ("cpu-losses", "cpu-overhead", "gpu")
-    readme.write_text("# x\n\n" + "\n\n".join(f"<!-- bench:{n} -->\n<!-- /bench:{n} -->" for n in names) + "\n\nend\n")
-    options = [str(records_file), "--readme", str(readme), "--plots", str(tmp_path / "plots")]
+    first, second = pages = (tmp_path / "README.md", tmp_path / "measured.md")
+    for page, names in ((first, ("cpu-losses", "cpu-overhead", "gpu")), (second, ("ratios",))):
+        page.write_text(
+            "# x\n\n" + "\n\n".join(f"<!-- bench:{n} -->\n<!-- /bench:{n} -->" for n in names) + "\n\nend\n"
+        )
+    options = [str(records_file), "--pages", *map(str, pages), "--plots", str(tmp_path / "plots")]
     assert bench.report.main([*options, "--check"]) == 1
     assert bench.report.main(options) == 0
-    text = readme.read_text()
+    text = first.read_text()
     assert text.startswith("# x\n") and text.endswith("\nend\n")
     assert "| cross_entropy (" in text and " us |" in text
     assert bench.tables.NOT_MEASURED in text.split("bench:gpu")[1]
+    assert bench.tables.NOT_MEASURED in second.read_text()  # no opponent that the README shows was in the smoke run
     assert bench.report.main([*options, "--check"]) == 0
 
-    readme.write_text(text.replace(" us |", "1 us |", 1))
+    first.write_text(text.replace(" us |", "1 us |", 1))
     assert bench.report.main([*options, "--check"]) == 1
     assert "1 us |" in capsys.readouterr().err
-    readme.write_text("no table here")
+    first.write_text("no table here")
     assert bench.report.main([*options, "--check"]) == 1
+    assert "README.md has no marked table" in capsys.readouterr().err
+
+
+def test_the_ratios_of_a_case_stand_in_its_row(bench: SimpleNamespace) -> None:
+    record = dict.fromkeys(bench.records.KEY) | {
+        "device": "x", "device_type": "cpu", "threads": 2, "touched_gb": 0, "torch": "", "triton": "", "python": "",
+        "commit": "", "dirty": False, "date": "2026-01-01", "repeats": 1, "status": "ok",
+        "case": "64x1000", "loss": "ppo", "group": "fwd+bwd", "dtype": "fp32",
+    }  # fmt: skip
+
+    def measured(contender: str, mode: str, ratio: float, **other: Any) -> dict[str, Any]:
+        backend = "cpu" if contender == "fused" else None
+        return {**record, "contender": contender, "backend": backend, "mode": mode, "ratio_to_copy": ratio, **other}
+
+    cpu = [measured("fused", "inplace", 1.5), measured("torch.compile", "separate", 20), measured("copy", "floor", 1)]
+    gpu = {"device": "y", "device_type": "cuda", "driver": "", "cuda": "", "loss": "cross_entropy", "case": "1: 8x9"}
+    cuda = [
+        measured("fused", "separate", 1.25, **gpu, backend="cuda"),
+        measured("fused", "separate", 1.75, **gpu, backend="triton"),
+        measured("quack", "separate", 1.7, **gpu, status="failed: of something"),
+        measured("fused", "separate", 9, **{**gpu, "case": "8: 8x9, masked"}, backend="cuda"),
+    ]
+    head, _, *rows = bench.tables.ratios({"cpu": [cpu], "cuda": [cuda]}).splitlines()
+    assert head == "|  | **fused_losses**, in place | **fused_losses**, own gradient | torch.compile | quack |"
+    assert rows[:2] == [
+        "| x, ppo, 64x1000 fp32 | 1.50 | - | 20.00 | - |",
+        "| y, cross_entropy, 8x9 fp32 | - | 1.25 | - | failed |",
+    ]
 
 
 def test_report_takes_the_last_of_a_measurement_and_the_newest_file(bench: SimpleNamespace, tmp_path: Path) -> None:

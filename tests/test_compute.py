@@ -285,7 +285,7 @@ def test_nothing_waits_for_the_device():
             torch.cuda.set_sync_debug_mode("default")
 
 
-NAMES = "cross_entropy, importance_sampling, ppo, cispo, dro, gspo"
+NAMES = "cross_entropy, importance_sampling, ppo, cispo, dro, gspo, custom"
 POLICY_KEYS = "target_tokens, logprobs, advantages"
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     # (what is wrong in a good call of ppo, the error, a pattern of its message)

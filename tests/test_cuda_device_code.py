@@ -30,12 +30,12 @@ def entry(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> Path:
-    return draw.write(tmp_path_factory.mktemp("cases") / "cases.pickle", 120)
+    return draw.write(tmp_path_factory.mktemp("cases") / "cases.pickle", 160)
 
 
 def test_every_case(entry, cases, tmp_path):
     done = compiler.sweep(compiler.build(tmp_path, entry), cases)
-    assert done.returncode == 0 and "120 cases" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0 and "160 cases" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

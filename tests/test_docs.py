@@ -1,4 +1,4 @@
-"""The documentation runs: every python block of docs/*.md and README.md, in one namespace per file.
+"""The documentation runs: every python block of docs/**/*.md and README.md, in one namespace per file.
 
 A comment right before a block says otherwise: ``<!-- not run: why -->``; or ``<!-- needs: package -->``, which skips
 the rest of the file where that package is not installed.
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (not run|needs): (.+?) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pages

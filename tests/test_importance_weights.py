@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses.importance_weights import LEVELS, masked_importance_weights, truncated_importance_weights
+from fused_losses.importance_weights import (
+    GATE_LEVELS,
+    GATES,
+    LEVELS,
+    gated_importance_weights,
+    masked_importance_weights,
+    off_policy_sequence_mask,
+    truncated_importance_weights,
+)
 
 MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 0]])
 CU_SEQLENS = torch.tensor([0, 5, 10, 15, 20])
@@ -208,6 +216,121 @@ def test_errors(keywords, error, message):
 def test_errors_of_the_bounds(bounds, error, message):
     with pytest.raises(error, match=message):
         masked_importance_weights(X, Q, **bounds)
+
+
+# ---- Gates ----
+
+NOW, THEN = X - 0.3, Q.clamp(max=0.0) - 0.3
+BANDS = {"ratio": (0.7, 1.5), "binary_kl": (0.02, 0.12), "tv": (0.05, 0.2)}
+
+
+def measure(gate: str, x: float, q: float) -> float:
+    """Of one token."""
+    p, before = math.exp(x), math.exp(q)
+    if gate == "ratio":
+        return p / before
+    if gate == "tv":
+        return abs(p - before)
+    return before * math.log(before / p) + (1 - before) * math.log((1 - before) / (1 - p))
+
+
+def gated(gate: str, level: str) -> Tensor:
+    low, high = BANDS[gate]
+    out = torch.zeros(X.shape)
+    for b, row in enumerate(MASK.bool()):
+        x, q = (t[b, row].double().tolist() for t in (NOW, THEN))
+        measured = [measure(gate, *pair) for pair in zip(x, q, strict=True)]
+        if level == "sequence_mean" and measured:
+            mean = math.prod(measured) ** (1 / len(measured)) if gate == "ratio" else sum(measured) / len(measured)
+            measured = [mean] * len(measured)
+        own = [math.exp(a - c) if low <= m <= high else 0.0 for a, c, m in zip(x, q, measured, strict=True)]
+        out[b, row] = torch.tensor(own)
+    return out
+
+
+@pytest.mark.parametrize("level", GATE_LEVELS)
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(gate, level):
+    low, high = BANDS[gate]
+    wanted = gated(gate, level)
+    assert 0 < wanted.count_nonzero() < MASK.sum()
+    weights = gated_importance_weights(NOW, THEN, gate=gate, low=low, high=high, level=level, mask=MASK)
+    assert weights.dtype is torch.float32 and not weights.requires_grad
+    torch.testing.assert_close(weights, wanted, rtol=1e-6, atol=1e-7)
+    x, q, mask = (t.view(20) for t in (NOW, THEN, MASK))
+    packed = gated_importance_weights(
+        x, q, gate=gate, low=low, high=high, level=level, mask=mask, cu_seqlens=CU_SEQLENS
+    )
+    assert torch.equal(packed.view(4, 5), weights)
+
+
+@pytest.mark.parametrize("level", GATE_LEVELS)
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_at_hazards(gate, level):
+    """A probability of 0 or 1 on either side is measured; a NaN is not taken for a token left out; a mask hides all."""
+    x = torch.tensor([[0.0, -0.1], [-1.0, -1.0], [-2000.0, -1.0], [-1.0, math.nan], [-math.inf, -1.0]])
+    q = torch.tensor([[-1.0, -0.1], [0.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]])
+    weights = gated_importance_weights(x, q, gate=gate, low=0.0, high=0.05, level=level)
+    for row in (0, 1, 2, 4):
+        assert not weights[row, 0].isnan() and (gate == "ratio" or weights[row, 0] == 0)
+    assert weights[3, 1].isnan() and weights[3, 0].isnan() == (level == "sequence_mean")
+    everything = gated_importance_weights(x[:1], q[:1], gate=gate, high=math.inf, level=level)
+    torch.testing.assert_close(everything, torch.tensor([[math.e, 1.0]]))
+    assert not gated_importance_weights(x, q, gate=gate, high=math.inf, level=level, mask=torch.zeros(5, 2)).any()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    (
+        ({"gate": "kl"}, ValueError, 'gate must be "ratio" or "binary_kl" or "tv", got \'kl\''),
+        ({"level": "sequence"}, ValueError, r"level must be one of \('token', 'sequence_mean'\), got 'sequence'"),
+        ({"low": 0.6}, ValueError, "low must not exceed high, got 0.6 > 0.5"),
+        ({"high": math.nan}, ValueError, "high must not be NaN"),
+        ({"sampler_logprobs": Q[:, :2]}, ValueError, r"sampler_logprobs must broadcast .*\(4, 5\), got \(4, 2\)"),
+    ),
+)
+def test_errors_of_gates(keywords, error, message):
+    with pytest.raises(error, match=message):
+        gated_importance_weights(**{"logprobs": X, "sampler_logprobs": Q, "gate": "tv", "high": 0.5} | keywords)
+
+
+# ---- Off-policy sequence masks ----
+
+
+def test_off_policy_sequence_mask():
+    """By a loop; the sign of a token's own advantage; packed as padded."""
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0], [-0.0]])
+    drift = [
+        sum(d[m].tolist()) / max(int(m.sum()), 1) for d, m in zip(Q.double() - X.double(), MASK.bool(), strict=True)
+    ]
+    for threshold in (drift[0] - 0.01, drift[0] + 0.01):
+        keep = torch.tensor([[drift[0] <= threshold], [threshold >= 0.0], [True], [True]])
+        got = off_policy_sequence_mask(X, Q, advantages, threshold=threshold, mask=MASK)
+        assert got.dtype is torch.float32 and torch.equal(got, (keep & (MASK != 0)).float())
+        flat = [t.expand(4, 5).reshape(20) for t in (X, Q, advantages)]
+        packed = off_policy_sequence_mask(*flat, threshold=threshold, mask=MASK.view(20), cu_seqlens=CU_SEQLENS)
+        assert torch.equal(packed.view(4, 5), got)
+    mixed = torch.tensor([[1.0, -1.0, -1.0, 0.0, -1.0]])
+    assert off_policy_sequence_mask(X[:1], X[:1] + 1, mixed, threshold=0.5).tolist() == [[1.0, 0.0, 0.0, 1.0, 0.0]]
+    assert not off_policy_sequence_mask(X, X + 1, -1.0, threshold=0.5).any()
+
+
+def test_off_policy_sequence_mask_at_hazards():
+    nan = torch.full((1, 2), math.nan)
+    x = torch.full((1, 2), -1.0)
+    assert off_policy_sequence_mask(nan, x, 1.0, threshold=0.5).tolist() == [[1.0, 1.0]]
+    assert off_policy_sequence_mask(nan, x, -1.0, threshold=0.5).isnan().all()
+    assert off_policy_sequence_mask(x, x, nan, threshold=0.5).isnan().all()
+    assert not off_policy_sequence_mask(nan, nan, -1.0, threshold=0.5, mask=torch.zeros(2)).any()
+    assert not off_policy_sequence_mask(-math.inf * -x, x, -1.0, threshold=0.5).any()
+    for keywords, message in (
+        ({"threshold": math.nan}, "threshold must not be NaN"),
+        ({"advantages": torch.ones(3)}, r"advantages must broadcast to the tokens' shape \(1, 2\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            off_policy_sequence_mask(
+                **{"logprobs": x, "sampler_logprobs": x, "advantages": 1.0, "threshold": 0.5} | keywords
+            )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

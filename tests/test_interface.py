@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLIPPED_LOSSES, LOSSES, POLICY_LOSSES, make
+from cases import CLIPPED_LOSSES, LOSSES, POLICY_LOSSES, RATIO_LOSSES, make
 
 import fused_losses
 from fused_losses import backends, reference
@@ -50,7 +50,8 @@ def test_signature(objective):
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["logits", "target_tokens", *OBJECTIVES[objective].inputs]
     assert set(COMMON) | set(OBJECTIVES[objective].columns) <= set(parameters)
-    assert objective == "cross_entropy" or set(POLICY) <= set(parameters)
+    terms = set(POLICY) if objective in RATIO_LOSSES else set(POLICY) - {"log_ratio_clamp", "kl_weighted_by_ratio"}
+    assert (terms if objective in POLICY_LOSSES else set()) == set(POLICY) & set(parameters)
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     assert parameters["ignore_index"].default == -100 and parameters["backend"].default == "auto"
     assert objective in fused_losses.__all__ and getattr(fused_losses, objective).__doc__
@@ -133,18 +134,20 @@ FOR_LOSSES: list[Error] = [
     ({"inplace": True, "reduction": "none"}, ValueError, "inplace.*none"),
     ({"inplace": True}, ValueError, "inplace.*leaf"),
 ]
-FOR_POLICY: list[Error] = [
+FOR_RATIO: list[Error] = [
     ({"old_logprobs": z(4)}, ValueError, r"old_logprobs.*\(4,\)"),
     ({"old_logprobs": i(2, 3)}, TypeError, "old_logprobs.*int64"),
     ({"old_logprobs": None}, TypeError, "old_logprobs.*NoneType"),
     ({"old_logprobs": z(2, 3, **META)}, ValueError, "old_logprobs.*meta"),
+    ({"log_ratio_clamp": -1.0}, ValueError, "log_ratio_clamp.*-1"),
+    ({"log_ratio_clamp": NAN}, ValueError, "log_ratio_clamp.*NaN"),
+    ({"log_ratio_clamp": z(4)}, ValueError, r"log_ratio_clamp.*\(4,\)"),
+]
+FOR_POLICY: list[Error] = [
     ({"advantages": z(2, 3, 5)}, ValueError, r"advantages.*\(2, 3, 5\)"),
     ({"advantages": [1.0]}, TypeError, "advantages.*list"),
     ({"advantages": z(2, 3, dtype=torch.bool)}, TypeError, "advantages.*bool"),
     ({"advantages": NAN}, ValueError, "advantages.*NaN"),
-    ({"log_ratio_clamp": -1.0}, ValueError, "log_ratio_clamp.*-1"),
-    ({"log_ratio_clamp": NAN}, ValueError, "log_ratio_clamp.*NaN"),
-    ({"log_ratio_clamp": z(4)}, ValueError, r"log_ratio_clamp.*\(4,\)"),
     ({"importance_weights": z(4)}, ValueError, r"importance_weights.*\(4,\)"),
     ({"importance_weights": NAN}, ValueError, "importance_weights.*NaN"),
     ({"importance_weights": "all"}, TypeError, "importance_weights.*str"),
@@ -191,6 +194,14 @@ FOR_CLIPPED: list[Error] = [
     ({"clip_low_threshold": z(2)}, ValueError, r"clip_low_threshold.*\(2,\)"),
     ({"clip_high_threshold": "wide"}, TypeError, "clip_high_threshold.*str"),
 ]
+FOR_DPPO: list[Error] = [
+    ({"divergence_low": -0.1}, ValueError, "divergence_low.*-0.1"),
+    ({"divergence_high": NAN}, ValueError, "divergence_high.*NaN"),
+    ({"divergence_high": z(4)}, ValueError, r"divergence_high.*\(4,\)"),
+    ({"divergence_low": None}, TypeError, "divergence_low.*NoneType"),
+    ({"ratio_cap": -1.0}, ValueError, "ratio_cap.*-1"),
+    ({"ratio_cap": NAN}, ValueError, "ratio_cap.*NaN"),
+]
 FOR_DRO: list[Error] = [
     ({"beta": -1.0}, ValueError, "beta.*-1"),
     ({"beta": NAN}, ValueError, "beta.*NaN"),
@@ -202,11 +213,13 @@ ERRORS = [
         (OBJECTIVES, FOR_ALL),
         (LOSSES, FOR_LOSSES),
         (POLICY_LOSSES, FOR_POLICY),
+        (RATIO_LOSSES, FOR_RATIO),
         (CLIPPED_LOSSES, FOR_CLIPPED),
         (("dro",), FOR_DRO),
         (("cross_entropy",), FOR_CROSS_ENTROPY),
         (("ppo",), FOR_PPO),
         (("sapo",), FOR_SAPO),
+        (("dppo_tv", "dppo_kl"), FOR_DPPO),
     ]
     for objective in objectives
     for error in errors

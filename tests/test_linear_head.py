@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EPS, GRADIENT_FACTOR, INPUTS, LOSS_FACTOR, LOSSES, Case, _loss_scale, half_ulp, magnitude
+from cases import (
+    EPS,
+    GRADIENT_FACTOR,
+    INPUTS,
+    LOSS_FACTOR,
+    LOSSES,
+    RATIO_LOSSES,
+    Case,
+    _loss_scale,
+    half_ulp,
+    magnitude,
+)
 from conftest import require
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,7 +151,8 @@ TERMS = {
 }
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in LOSSES},
-    **{f"{name}, terms": (name, TERMS) for name in LOSSES if "advantages" in OBJECTIVES[name].inputs},
+    **{f"{name}, terms": (name, TERMS) for name in RATIO_LOSSES},
+    "reinforce, terms": ("reinforce", {name: term for name, term in TERMS.items() if name != "log_ratio_clamp"}),
     "cross_entropy, weights": ("cross_entropy", {"weights": lambda: torch.tensor(WEIGHTS)}),
     "cross_entropy, label smoothing": ("cross_entropy", {"label_smoothing": 0.1}),
     "cross_entropy, z-loss": ("cross_entropy", {"z_loss": 0.01, "reduction": "sum"}),
@@ -163,6 +175,7 @@ COMPOSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gspo of sequences": ("gspo", {"ratio_gradient": "sequence", "entropy_coef": 0.1}),
     "gspo, packed": ("gspo", {"ratio_gradient": "sequence", "cu_seqlens": lambda: torch.tensor([0, 2, 2, N])}),
     "gmpo": ("gmpo", {}),
+    "vespo": ("vespo", {"entropy_coef": 0.1}),
     "sapo of sequences": ("sapo", {"ratio_level": "sequence", "ratio_gradient": "sequence"}),
     "policy_loss of a function": ("policy_loss", {"objective": squared}),
     "policy_loss by name": ("policy_loss", {"objective": "dro"}),
@@ -185,7 +198,9 @@ def given_of(call: str, device: torch.device, bias: bool = True) -> Given:
     if name == "policy_loss":
         args += [keywords.pop("objective"), INPUTS["old_logprobs"](x), INPUTS["advantages"](x)]
         args = args[:3] if args[1] is squared else args
-    elif name not in ("cross_entropy", "logprobs"):
+    elif name in OBJECTIVES:
+        args += [INPUTS[column](x) for column in OBJECTIVES[name].inputs]
+    else:
         args += [INPUTS["old_logprobs"](x), INPUTS["advantages"](x)]
     inputs = (hidden, weight, offset)
 
@@ -898,6 +913,25 @@ def test_compiled(host, mode, frozen):
 
 
 @HOSTS
+def test_compiled_statistics(host):
+    require(host)
+    torch._dynamo.reset()
+    given = given_of("logprobs", torch.device("cpu"))
+
+    def step(*inputs: Tensor) -> Tensor:
+        head = LinearHead(*inputs, chunk_bytes=chunk_bytes(2))
+        seen = fused_losses.statistics(head, given.target_tokens, backend=host)
+        return (seen.logprobs + 0.1 * seen.entropy).sum() + seen.log_sum_squares.sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = leaves_of(given)
+        function(*leaves).backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*results)
+
+
+@HOSTS
 def test_compiled_under_autocast(host):
     require(host)
     torch._dynamo.reset()
@@ -1231,6 +1265,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "chunk_bytes as a flag": (lambda: {"chunk_bytes": True}, TypeError, "chunk_bytes must be an integer"),
     "logits of 16 bits": (lambda: {"logits_dtype": torch.bfloat16}, TypeError, "logits_dtype must be"),
     "logits of 64 bits": (lambda: {"logits_dtype": torch.float64}, TypeError, "logits_dtype must be"),
+    "skip_masked as a mask": (
+        lambda: {"skip_masked": torch.ones(2)},
+        TypeError,
+        "skip_masked must be True or False, got Tensor",
+    ),
     "sums of another dtype": (lambda: {"weight_grad_dtype": torch.bfloat16}, TypeError, "weight_grad_dtype must be"),
     "a buffer of another shape": (
         lambda: {"weight_grad": torch.zeros(H, VOCAB)},

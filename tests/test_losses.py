@@ -224,12 +224,10 @@ def test_inputs_of_any_form(backend, device, objective):
         (old.bfloat16(), torch.tensor([1.0, -1.0, 0.3], device=device).double()),
         (torch.linspace(-5, -1, 12, device=device).view(2, 6)[:, ::2], torch.randn(3, 2, device=device).half().t()),
     ]:
-        given = case.having(old_logprobs=old_logprobs, advantages=advantages)
-        got = check(given, backend)
-        same = case.having(
-            old_logprobs=(full.double() + old_logprobs).float(), advantages=(full.double() + advantages).float()
-        )
-        expected = check(same, backend)
+        inputs = {"old_logprobs": old_logprobs, "advantages": advantages}
+        inputs = {name: inputs[name] for name in OBJECTIVES[objective].inputs}
+        got = check(case.having(**inputs), backend)
+        expected = check(case.having(**{k: (full.double() + v).float() for k, v in inputs.items()}), backend)
         torch.testing.assert_close((got.loss, got.gradient), (expected.loss, expected.gradient), rtol=0, atol=0)
 
 

@@ -40,7 +40,7 @@ def both(name, options, positional=(), dtype=torch.float64, shape=(3, 5), vocab=
     targets = torch.randint(vocab, shape)
     logprobs, entropy = reference.logprobs(logits, targets, return_entropy=True)
     on_rows = getattr(reference, name)(logits, targets, *positional, **options)
-    with_entropy = {} if name == "cross_entropy" else {"entropy": entropy}
+    with_entropy = {"entropy": entropy} if positional else {}
     on_numbers = getattr(on_logprobs, name)(logprobs, *positional, **with_entropy, **options)
     return on_rows, on_numbers, logits
 
@@ -48,8 +48,9 @@ def both(name, options, positional=(), dtype=torch.float64, shape=(3, 5), vocab=
 def inputs_of(name, shape=(3, 5)):
     torch.manual_seed(2)
     old, advantages = torch.randn(shape, dtype=torch.float64) - 3, torch.randn(shape[0], 1, dtype=torch.float64)
-    if name == "cross_entropy":
-        return ()
+    if name in OBJECTIVES:
+        given = {"old_logprobs": old, "advantages": advantages}
+        return tuple(given[column] for column in OBJECTIVES[name].inputs)
     return ("ppo", old, advantages) if name == "policy_loss" else (old, advantages)
 
 
@@ -58,7 +59,7 @@ def inputs_of(name, shape=(3, 5)):
 def test_same_loss_and_gradient(name, reduction):
     """The gradient of the logits through the logprobs is that of the loss on logits."""
     options = {"reduction": reduction, "weights": torch.rand(3, 5, dtype=torch.float64).round(decimals=1)}
-    if name != "cross_entropy":
+    if inputs_of(name):
         options |= {"entropy_coef": 0.3, "kl_coef": 0.2, "ref_logprobs": torch.full((3, 5), -2.0)}
     on_rows, on_numbers, logits = both(name, options, inputs_of(name))
     torch.testing.assert_close(on_numbers, on_rows, rtol=1e-12, atol=1e-12)

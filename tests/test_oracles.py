@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import oracles
@@ -15,7 +16,12 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import aggregation
-from fused_losses.importance_weights import masked_importance_weights, truncated_importance_weights
+from fused_losses.importance_weights import (
+    gated_importance_weights,
+    masked_importance_weights,
+    off_policy_sequence_mask,
+    truncated_importance_weights,
+)
 
 LENGTHS, TOKENS, VOCAB = (6, 3, 1, 0, 5), 6, 17  # one sequence has no token
 B = len(LENGTHS)
@@ -99,6 +105,17 @@ TRL_CASES: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo", "gradient_accumulation_steps": 4},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo", "num_items_in_batch": 40},
+    "vespo, other weights": {
+        "loss_type": "vespo",
+        "num_items_in_batch": 40,
+        "vespo_k_pos": 0.5,
+        "vespo_lambda_pos": 1.5,
+        "vespo_k_neg": 1.0,
+        "vespo_lambda_neg": 0.3,
+    },
+    "vespo, KL weighted": {"loss_type": "vespo", "num_items_in_batch": 40, "beta": 0.3},
+    "off-policy mask": {"loss_type": "grpo", "off_policy_mask_threshold": 0.02, "beta": 0.3},
     "asymmetric clip and delta": {"loss_type": "grpo", "epsilon": 0.1, "epsilon_high": 0.5, "delta": 2.0},
     "KL": {"loss_type": "bnpo", "beta": 0.3, "use_bias_correction_kl": False},
     "KL weighted by the ratio": {"loss_type": "bnpo", "beta": 0.3},
@@ -114,7 +131,11 @@ TRL_CASES: dict[str, dict[str, Any]] = {
 
 def trl_keywords(batch: Batch, name: str) -> dict[str, Any]:
     keywords = TRL_CASES[name]
-    return keywords | {"ref_logprobs": batch.ref_logprobs} if "beta" in keywords else keywords
+    if "beta" in keywords:
+        keywords = keywords | {"ref_logprobs": batch.ref_logprobs}
+    if "off_policy_mask_threshold" in keywords:
+        keywords = keywords | {"sampling_logprobs": batch.sampler_logprobs}
+    return keywords
 
 
 @pytest.fixture
@@ -150,12 +171,14 @@ def test_definition_of_verl_reductions(mode, keywords, verl):
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("name", ("vanilla", "gspo", "cispo", "sapo", "dro", "geo_mean"))
+@pytest.mark.parametrize("name", ("vanilla", "gspo", "cispo", "sapo", "dro", "geo_mean", "gpg", "dppo_tv", "dppo_kl"))
 def test_definition_of_verl_losses(name, batch, verl):
     definitions = {"vanilla": oracles.verl_ppo, "geo_mean": oracles.verl_gmpo}
-    definition = definitions.get(name) or getattr(oracles, f"verl_{name}")
-    bounds = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.5} if name not in ("sapo", "dro") else {}
+    definition = definitions.get(name) or getattr(oracles, f"verl_{name.removesuffix('_tv').removesuffix('_kl')}")
+    bounds = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.5} if name not in ("sapo", "dro", "gpg") else {}
     extra = {"dro_beta": 0.1} if name == "dro" else {}
+    if name.startswith("dppo"):
+        bounds, extra = {"clip_ratio_low": 0.001, "clip_ratio_high": 0.002}, {"divergence": name[-2:]}
     for mode in ("token-mean", "seq-mean-token-mean"):
         for weights in (None, batch.sampler_logprobs.exp()):
 
@@ -167,6 +190,19 @@ def test_definition_of_verl_losses(name, batch, verl):
                 bounds | extra | {"loss_agg_mode": mode} | ({} if weights is None else {"rollout_is_weights": weights})
             )
             assert_same(truth(batch, definition, **keywords), truth(batch, published))
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+def test_definition_of_verl_reinforce(weighted, verl):
+    """That of "bypass_mode", which is not in the registry by itself."""
+    weights = BATCH.sampler_logprobs.exp() if weighted else None
+
+    def published(x, q, a, m):
+        arguments = (q, x, a.expand_as(m), m, "seq-mean-token-sum", verl.config(), weights)
+        return verl.core.compute_policy_loss_reinforce(*arguments)[0]
+
+    keywords = {"loss_agg_mode": "seq-mean-token-sum"} | ({"rollout_is_weights": weights} if weighted else {})
+    assert_same(truth(BATCH, oracles.verl_gpg, **keywords), truth(BATCH, published))
 
 
 @pytest.mark.parametrize("kind", ("k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "k1+", "k3+"))
@@ -189,6 +225,80 @@ def test_definition_of_verl_importance_weights(level, low, verl):
     torch.testing.assert_close(definition, published)
 
 
+DPPO = {"tv": {"dppo_type": "binary_tv", "delta_low": 0.001, "delta_high": 0.002},
+        "kl": {"dppo_type": "binary_kl", "delta_low": 0.001, "delta_high": 0.002}}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DPPO)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_definition_of_skyrl_dppo(batch, kind):
+    skyrl = oracles.published_skyrl() or pytest.skip("skyrl is not installed")
+    config = SimpleNamespace(dppo=SimpleNamespace(**DPPO[kind]), off_policy_correction=None)
+
+    def published(x, q, a, m):
+        return skyrl.dppo_policy_loss(x, q, a.expand_as(m), config, m)[0]
+
+    assert_same(truth(batch, oracles.skyrl_dppo, **DPPO[kind]), truth(batch, published))
+
+
+GATES = {
+    "ratio": ("ratio", "token", (0.5, 2.0)),
+    "ratio of the sequence": ("ratio", "seq", (0.9, 1.1)),
+    "binary KL": ("binary_kl", "token", (0.0, 0.01)),
+    "binary KL of the sequence": ("binary_kl", "seq", (0.0, 0.01)),
+    "TV": ("tv", "token", (0.0, 0.02)),
+    "TV of the sequence": ("tv", "seq", (0.0, 0.03)),
+}
+
+
+def gate_keywords(name: str) -> dict[str, Any]:
+    return dict(zip(("gating", "level", "threshold"), GATES[name], strict=True))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_definition_of_openrlhf(name):
+    published = oracles.published_openrlhf() or pytest.skip("openrlhf is not installed")
+    keywords = gate_keywords(name) | {"sampler_logprobs": BATCH.sampler_logprobs}
+    assert_same(truth(BATCH, oracles.openrlhf, **keywords), truth(BATCH, published, **keywords))
+
+
+LABELS = BATCH.target_tokens.masked_fill(BATCH.mask == 0, -100)
+EAFT = ((1.0, 20), (2.0, 4), (0.5, 3))  # alpha and k; of a vocabulary of 17
+
+
+def of_logits(loss: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    logits = BATCH.logits.to(dtype).requires_grad_()
+    value = loss(logits)
+    return value.detach(), torch.autograd.grad(value, logits)[0]
+
+
+def unshifted(logits: Tensor) -> tuple[Any, Tensor]:
+    """As a trainer has them: the labels of a token are at the next position, the first is that of none."""
+    labels = torch.cat((torch.full((B, 1), -100), LABELS), 1)
+    return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 0, 0, 1))), labels
+
+
+def test_definition_of_dft():
+    """Theirs is in float32."""
+    axolotl, swift = oracles.published_axolotl(), oracles.published_swift()
+    if axolotl is None or swift is None:
+        pytest.skip("axolotl or swift is not installed")
+    wanted = of_logits(lambda logits: oracles.dft(logits, LABELS))
+    got = of_logits(lambda logits: axolotl.dft_loss(*unshifted(logits)))
+    torch.testing.assert_close(got, wanted, check_dtype=False, rtol=1e-5, atol=1e-7)
+    got = of_logits(lambda logits: swift.per_token_loss_func(*unshifted(logits), enable_dft_loss=True).sum() / N)
+    torch.testing.assert_close(got, wanted, check_dtype=False, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("alpha", "k"), EAFT)
+def test_definition_of_eaft(alpha, k):
+    """The weights in float32, with 1e-10 added to probabilities."""
+    axolotl = oracles.published_axolotl() or pytest.skip("axolotl is not installed")
+    wanted = of_logits(lambda logits: oracles.eaft(logits, LABELS, alpha, k))
+    got = of_logits(lambda logits: axolotl.eaft_loss(*unshifted(logits), alpha=alpha, k=k))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
 # This library against the definitions ---------------------------------------------------------------------------------
 
 
@@ -200,7 +310,8 @@ def ours(batch: Batch, name: str, a: aggregation.Aggregation | None = None, **ke
     if a is not None:
         keywords |= {"weights": a.weights, "denominator": a.denominator}
     logits = batch.logits.float().requires_grad_()
-    loss = function(logits, batch.target_tokens, batch.old_logprobs.float(), batch.advantages.float(), **keywords)
+    inputs = [batch.old_logprobs.float()] if "old_logprobs" in inspect.signature(function).parameters else []
+    loss = function(logits, batch.target_tokens, *inputs, batch.advantages.float(), **keywords)
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
@@ -229,11 +340,26 @@ def test_trl(name, batch):
         loss, extra = "cispo", clip(0.0, high)
     elif keywords["loss_type"] == "sapo":
         loss, extra = "sapo", {"tau_positive": 1.0, "tau_negative": 1.05}
+    elif keywords["loss_type"] == "vespo":
+        names = {"k_pos": "k_positive", "lambda_pos": "lambda_positive"}
+        names |= {"k_neg": "k_negative", "lambda_neg": "lambda_negative"}
+        extra = {ours: keywords[f"vespo_{theirs}"] for theirs, ours in names.items() if f"vespo_{theirs}" in keywords}
+        loss = "vespo"
+        extra |= {"log_ratio_clamp": 20.0, "sequence_ratio_mask": batch.mask}
     elif keywords.get("importance_sampling_level") == "sequence":
         loss = "gspo"
         extra |= {"sequence_ratio_mask": batch.mask, "ratio_gradient": "sequence"}
     if "delta" in keywords:
         extra["delta"] = keywords["delta"]
+    if "off_policy_mask_threshold" in keywords:
+        threshold = keywords["off_policy_mask_threshold"]
+        x = batch.logprobs(batch.logits)
+        kept = off_policy_sequence_mask(
+            x, batch.sampler_logprobs, batch.advantages, threshold=threshold, mask=batch.mask
+        )
+        if batch is BATCH:  # of the two sequences of a negative advantage
+            assert kept[1].any() and not kept[4].any()
+        extra["importance_weights"] = kept
     if "beta" in keywords:
         weighted = keywords.get("use_bias_correction_kl", True)
         kl = {"ref_logprobs": batch.ref_logprobs.float(), "kl_coef": keywords["beta"], "kl_weighted_by_ratio": weighted}
@@ -295,6 +421,77 @@ def test_verl_sapo(batch):
 def test_verl_dro():
     got = ours(BATCH, "dro", aggregation.verl(BATCH.mask, "token-mean"), beta=0.1)
     assert_reproduced(got, truth(BATCH, oracles.verl_dro, dro_beta=0.1))
+
+
+@pytest.mark.parametrize("kind", DPPO)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_verl_dppo(batch, kind):
+    """Also with the cap that verl's own configuration has, 3."""
+    bounds = {"clip_ratio_low": 0.001, "clip_ratio_high": 0.002, "clip_ratio_c": 3.0}
+    wanted = truth(batch, oracles.verl_dppo, divergence=kind, **bounds)
+    a = aggregation.verl(batch.mask, "token-mean")
+    region = {"divergence_low": 0.001, "divergence_high": 0.002, "log_ratio_clamp": 20.0}
+    assert_reproduced(ours(batch, f"dppo_{kind}", a, ratio_cap=3.0, **region), wanted)
+    x = batch.logprobs(batch.logits)
+    kept = oracles.in_trust_region(x, batch.old_logprobs, batch.advantages, kind, 0.001, 0.002)
+    assert 2 <= kept[batch.mask != 0].sum() <= N - 2
+    wanted = truth(batch, oracles.skyrl_dppo, **DPPO[kind])
+    _, gradient = ours(batch, f"dppo_{kind}", weights=batch.mask.float(), reduction="sum", **region)
+    assert_reproduced((wanted[0], gradient), wanted)  # the value is verl's
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize(("mode", "keywords"), REDUCTIONS)
+def test_verl_gpg_and_reinforce(mode, keywords, weighted):
+    a = aggregation.verl(BATCH.mask, mode, **keywords)
+    extra: dict[str, Any] = {}
+    if weighted:
+        keywords = keywords | {"rollout_is_weights": BATCH.sampler_logprobs.exp()}
+        extra = {"importance_weights": BATCH.sampler_logprobs.exp().float()}
+    wanted = truth(BATCH, oracles.verl_gpg, loss_agg_mode=mode, **keywords)
+    assert_reproduced(ours(BATCH, "reinforce", a, **extra), wanted)
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_vespo_with_a_correction(batch):
+    """TRL's vLLM correction is part of the sequence's ratio: as if the sampler had been another."""
+    ratio = torch.where(batch.mask != 0, (batch.old_logprobs - batch.sampler_logprobs).exp().clamp(max=2.0), 1.0)
+    keywords = {"loss_type": "vespo", "num_items_in_batch": 40}
+    wanted = truth(batch, oracles.trl, importance_sampling_ratio=ratio, **keywords)
+    a = aggregation.trl(batch.mask, "vespo", num_items_in_batch=40)
+    moved = replace(batch, old_logprobs=batch.old_logprobs - ratio.log())
+    assert_reproduced(ours(moved, "vespo", a), wanted)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_openrlhf(name):
+    gate, level, (low, high) = GATES[name]
+    x, q, mask = BATCH.old_logprobs, BATCH.sampler_logprobs, BATCH.mask
+    level = "sequence_mean" if level == "seq" else "token"
+    weights = gated_importance_weights(x, q, gate=gate, low=low, high=high, level=level, mask=mask)
+    assert 2 <= weights.count_nonzero() <= N - 2
+    if name == "ratio":
+        assert torch.equal(weights, masked_importance_weights(x, q, low=low, high=high, mask=mask))
+    wanted = truth(BATCH, oracles.openrlhf, sampler_logprobs=q, **gate_keywords(name))
+    a = aggregation.verl(mask, "token-mean")
+    assert_reproduced(ours(BATCH, "ppo", a, log_ratio_clamp=20.0, importance_weights=weights), wanted)
+
+
+def fine_tuned(loss: Callable[[Tensor], Tensor], oracle: Callable[[Tensor], Tensor]) -> None:
+    assert_reproduced(of_logits(loss, torch.float32), of_logits(oracle))
+
+
+def test_dft():
+    fine_tuned(lambda logits: fused_losses.dft(logits, LABELS), lambda logits: oracles.dft(logits, LABELS))
+
+
+@pytest.mark.parametrize(("alpha", "k"), EAFT)
+def test_eaft(alpha, k):
+    def loss(logits):
+        weights = fused_losses.entropy_weights(logits, alpha=alpha, top_k=k)
+        return fused_losses.cross_entropy(logits, LABELS, weights=weights, denominator=N)
+
+    fine_tuned(loss, lambda logits: oracles.eaft(logits, LABELS, alpha, k))
 
 
 @pytest.mark.parametrize("kind", ("k1", "k2", "k3", "abs"))

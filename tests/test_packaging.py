@@ -5,6 +5,7 @@ The compilers are stand-ins that write down their arguments, so that this takes 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fused_losses
+from fused_losses import __main__ as doctor
+from fused_losses import build as built
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_TRACKED = shutil.ignore_patterns(
@@ -42,8 +47,18 @@ def relative_files(folder: Path, *patterns: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy: a build leaves a list of files beside its source, and would take what an older one lists."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "source", ignore=NOT_TRACKED))
+    """A copy: a build leaves a list of files beside its source, and would take what an older one lists. In a repository
+    of its own, where there is git."""
+    folder = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "source", ignore=NOT_TRACKED))
+    if shutil.which("git"):
+        git(folder, "init", "--quiet")
+        git(folder, "add", ".")
+        git(folder, "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "--quiet", "--message=all")
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +135,32 @@ def test_wheel_from_the_sdist_holds_the_package(checkout: Path, wheel: Path) -> 
     assert triton and python | triton == {n for n in held if n.startswith("fused_losses/") and not n.endswith(".so")}
     modules = {re.sub(r"\..*", "", name) for name in held if name.endswith(".so")}
     assert modules == {"fused_losses/_cpu", "fused_losses/_cuda"}
+    assert wheel.name.startswith(f"fused_losses-{fused_losses.__version__}-")
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+
+
+@needs_git
+def test_a_module_knows_its_commit(checkout: Path, sdist: Path, wheel: Path, compilers: Compilers) -> None:
+    """Through the source distribution, which has no repository; and a build leaves the repository as it was."""
+    commit = git(checkout, "rev-parse", "--short=12", "HEAD")
+    assert (sdist / "commit.txt").read_text().strip() == commit
+    assert git(checkout, "status", "--porcelain") == ""
+    for source in ("csrc/bindings_cpu.cpp", "csrc/bindings_cuda.cpp"):
+        (command,) = (c for c in compilers.commands() if f" -c {source} " in c)
+        assert f'-DFL_COMMIT="{commit}"' in command
+        assert '-DFL_FLAGS="g++ -m64 -std=c++17 ' in command
+
+
+@needs_git
+def test_a_commit_of_another_repository_is_none(checkout: Path, sdist: Path, tmp_path: Path) -> None:
+    inner = Path(shutil.copytree(sdist, checkout / "build" / "inner", ignore=shutil.ignore_patterns("commit.txt")))
+    compilers = Compilers(tmp_path)
+    done = build("build_wheel", inner, tmp_path, **compilers.environment)
+    assert done.returncode == 0, done.stderr
+    assert {c for c in compilers.commands() if "FL_COMMIT" in c and '-DFL_COMMIT="" ' not in c} == set()
+    assert any("FL_COMMIT" in c for c in compilers.commands())
 
 
 def test_every_source_is_compiled_by_the_whole_command(sdist: Path, wheel: Path, compilers: Compilers) -> None:
@@ -170,3 +211,115 @@ def test_the_doctor_says_what_the_install_left_out() -> None:
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("left out at install: cpu") and "pip install -v" in last, done.stdout
+
+
+@pytest.mark.parametrize(
+    "installation, says", [("wheel, tag", "not in wheels: cuda"), ("editable", "left out at install")]
+)
+def test_the_doctor_says_how_to_get_what_is_left_out(
+    installation: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"fused_losses": "1", "python": "3", "torch": "2", "triton": None, "cuda": None, "devices": [], "ok": True}
+    doctor.show({**result, "installation": installation, "modules": {"cuda": None}, "left_out": ["cuda"]})
+    printed = capsys.readouterr().out
+    assert f"installation: {installation}" in printed and printed.splitlines()[-1].startswith(says)
+
+
+def test_the_doctor_says_what_a_module_was_built_of() -> None:
+    build = {"commit": "0123456789ab", "compiler": "GCC 14.2.1", "flags": "-O3"}
+    cpu = {**build, "instruction_sets": ["avx2", "baseline"], "in_use": "avx2"}
+    assert doctor.show_module(cpu) == "commit 0123456789ab; avx2 (in use), baseline; GCC 14.2.1 -O3"
+    cuda = {**build, "cuda": "13.0", "architectures": ["80", "90a"]}
+    assert doctor.show_module(cuda) == "commit 0123456789ab; CUDA 13.0 for sm_80, sm_90a; GCC 14.2.1 -O3"
+
+
+MANYLINUX, LINUX = "cp311-cp311-manylinux_2_28_x86_64", "cp311-cp311-linux_x86_64"
+
+
+@pytest.mark.parametrize(
+    "tag, folder, editable, says",
+    [
+        (MANYLINUX, ".", False, f"wheel, {MANYLINUX}"),
+        (LINUX, ".", False, f"built from source, {LINUX}"),
+        ("py3-none-any", "checkout", True, "editable, "),
+        (MANYLINUX, "checkout", False, "not installed: "),  # a wheel of other files
+        (None, ".", False, "not installed: "),  # what a build leaves in a checkout
+    ],
+)
+def test_the_installation_is_told_by_its_metadata(
+    tag: str | None, folder: str, editable: bool, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "fused_losses-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: fused-losses\nVersion: 0.1.0\n")
+    if tag is not None:
+        (metadata / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: {tag}\n")
+    if editable:
+        origin = {"url": (tmp_path / folder).as_uri(), "dir_info": {"editable": True}}
+        (metadata / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(built, "PACKAGE", tmp_path / folder / "fused_losses")
+    assert built.installation().startswith(says)
+
+
+# ---- wheels for others -----------------------------------------------------------------------------------------------
+
+REPAIR = ROOT / "tools" / "repair_wheel.py"
+AUDITWHEEL = """#!{python}
+import pathlib, sys, zipfile
+arguments = sys.argv[1:]
+assert arguments[:3] == ["repair", "--exclude", "libgomp.so.1"], arguments
+wheel, folder = pathlib.Path(arguments[-1]), pathlib.Path(arguments[arguments.index("--wheel-dir") + 1])
+copy = folder / wheel.name.replace("-linux_", "-manylinux_2_28_")
+copy.write_bytes(wheel.read_bytes())
+if {bundles}:
+    zipfile.ZipFile(copy, "a").writestr("fused_losses.libs/libother.so", "")
+"""
+
+
+def with_modules(folder: Path, *modules: str) -> Path:
+    wheel = folder / "fused_losses-0.1.0-cp311-cp311-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for module in modules:
+            archive.writestr(f"fused_losses/{module}.cpython-311-x86_64-linux-gnu.so", "")
+    return wheel
+
+
+def repair(wheel: Path, bundles: bool = False) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """By a stand-in for auditwheel; the names of what came of it."""
+    auditwheel = wheel.parent / "auditwheel"
+    auditwheel.write_text(AUDITWHEEL.format(python=sys.executable, bundles=bundles))
+    auditwheel.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{wheel.parent}{os.pathsep}{os.environ['PATH']}"}
+    out = wheel.parent / "out"
+    command = [sys.executable, str(REPAIR), str(wheel), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done, [path.name for path in out.glob("*")]
+
+
+def test_a_repaired_wheel_shares_the_openmp_of_torch(tmp_path: Path) -> None:
+    done, names = repair(with_modules(tmp_path, "_cpu"))
+    assert (done.returncode, names) == (0, ["fused_losses-0.1.0-cp311-cp311-manylinux_2_28_x86_64.whl"]), done.stderr
+    done, names = repair(with_modules(tmp_path, "_cpu"), bundles=True)
+    assert done.returncode != 0 and "auditwheel copied fused_losses.libs/libother.so" in done.stderr
+
+
+@pytest.mark.parametrize("modules, says", [(("_cpu", "_cuda"), "has the CUDA module"), ((), "has no CPU module")])
+def test_a_wheel_that_is_not_for_others_is_refused(modules: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done, names = repair(with_modules(tmp_path, *modules))
+    assert done.returncode != 0 and says in done.stderr and not names
+
+
+def test_cibuildwheel_names_files_that_exist() -> None:
+    (section,) = re.findall(
+        r"^\[tool\.cibuildwheel\]\n(.*?)^\[tool\.ruff\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    named = re.findall(r"\b(?:tests|tools)/\w+\.py", section)
+    assert len(named) > 1 and all((ROOT / name).is_file() for name in named)
+    assert 'build = ["cp310-*", "cp311-*", "cp312-*", "cp313-*"]' in section
+
+
+def test_the_changelog_is_of_this_version() -> None:
+    """What is not released comes first; then the version, once it is."""
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased" and headings[1:2] in ([], [fused_losses.__version__])

@@ -57,6 +57,12 @@ def sequence_loss(batch: Batch, logits: Tensor, name: str, gradient: str, **boun
             difference = difference.clamp(max=high) if a[0] > 0 else difference.clamp(min=low)
             losses[b, :length] = -a * difference.mean().exp()
             continue
+        if name == "vespo":
+            defaults = {"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0}
+            k, rate = ((defaults | bounds)[f"{n}_{'negative' if a[0] < 0 else 'positive'}"] for n in ("k", "lambda"))
+            w = (x - q).sum().exp().detach()
+            losses[b, :length] = -(w**k) * torch.exp(rate * (1 - w)) * a * x
+            continue
         m = (x - q).mean().expand(length)
         log_ratio = m if gradient == "sequence" else m.detach() + x - x.detach()
         kind = "ppo" if name == "gspo" else "sapo"
@@ -77,7 +83,13 @@ SEQUENCE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gmpo": ("gmpo", {"clip_low_threshold": 0.95, "clip_high_threshold": 1.1}),
     "sapo": ("sapo", {"tau_positive": 1.0, "tau_negative": 2.0}),
+    "vespo": ("vespo", {}),
+    "vespo, other weights": (
+        "vespo",
+        {"k_positive": 0.5, "lambda_positive": 0.1, "k_negative": 0.0, "lambda_negative": 4.0},
+    ),
 }
+ONE_GRADIENT = ("gmpo", "vespo")
 
 
 @pytest.mark.parametrize("gradient", ["token", "sequence"])
@@ -85,10 +97,10 @@ SEQUENCE: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", SEQUENCE)
 def test_sequence_loss(backend, device, case, packed, gradient):
     name, bounds = SEQUENCE[case]
-    if name == "gmpo" and gradient == "token":
-        pytest.skip("gmpo has one gradient")
+    if name in ONE_GRADIENT and gradient == "token":
+        pytest.skip(f"{name} has one gradient")
     keywords: dict[str, Any] = dict(bounds)
-    keywords |= {} if name == "gmpo" else {"ratio_gradient": gradient}
+    keywords |= {} if name in ONE_GRADIENT else {"ratio_gradient": gradient}
     keywords |= {"ratio_level": "sequence"} if name == "sapo" else {}
     batch = Batch(device)
     truth = batch.logits.double().requires_grad_()
@@ -106,18 +118,20 @@ def test_sequence_loss(backend, device, case, packed, gradient):
             options |= {"weights": weights.float()[batch.mask], "cu_seqlens": cu_seqlens}
         loss, outputs = function(*given, return_outputs=True, **options)
         loss.backward()
-        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=2e-5, atol=1e-6)
+        # vespo's log ratio is a sum, not a mean, of T logprobs, and phi up to k + lambda w times as sensitive to it
+        amplified = T * 3.0 if name == "vespo" else 1.0
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6 * amplified, atol=2e-6)
+        torch.testing.assert_close(leaf.grad.double(), truth.grad, rtol=2e-5, atol=1e-6 * amplified)
         assert outputs.logprobs.shape == given[1].shape
 
 
-@pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo"])
+@pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo", "vespo"])
 def test_sequence_loss_and_garbage_in_masked_tokens(backend, device, name):
     """Neither padding nor what it holds reaches the other tokens of its sequence."""
     batch = Batch(device)
     options: dict[str, Any] = {"entropy_coef": 0.1, "backend": backend}
     options |= {"ratio_level": "sequence"} if name == "sapo" else {}
-    options |= {} if name == "gmpo" else {"ratio_gradient": "sequence"}
+    options |= {} if name in ONE_GRADIENT else {"ratio_gradient": "sequence"}
     for reduction in ("mean", "none"):
         results = []
         for garbage in (0.0, NAN, INF):
@@ -157,6 +171,35 @@ def test_impossible_token_of_a_sequence(backend, device, gradient):
     loss = fused_losses.gspo(logits, target, -1.0, 1.0, reduction="none", ratio_gradient=gradient, backend=backend)
     loss.sum().backward()
     assert not loss.any() and not logits.grad.isnan().any()
+
+
+@pytest.mark.parametrize("loss", [fused_losses.vespo, reference.vespo], ids=["here", "reference"])
+def test_hazards_of_vespo(backend, device, loss):
+    """A sequence: a ratio that overflows, one of 0, advantage 0, a NaN, a bad exponent; each in its own row."""
+    logits = torch.zeros(6, 2, 4, device=device)
+    logits[1, 0, 3] = -INF
+    logits.requires_grad_()
+    target = torch.tensor([3, 1], device=device).expand(6, 2)
+    old = torch.tensor([-2000.0, -1.0, -INF, -1.0, NAN, -1.0], device=device)[:, None].expand(6, 2)
+    advantages = torch.tensor([1.0, -1.0, 0.0, NAN, 1.0, 1.0], device=device)[:, None]
+    k = torch.tensor([2.0, 2.0, 2.0, 2.0, 2.0, -1.0], device=device)[:, None]
+    losses = loss(logits, target, old, advantages, k_positive=k, reduction="none", backend=backend)
+    losses.sum().backward()
+    assert not losses[:3].any() and not logits.grad[:3].any()
+    assert losses[3:].isnan().all() and logits.grad[3:].isnan().all()
+
+
+def test_vespo_at_its_own_policy(backend, device):
+    """phi(1) is 1: the loss is that of reinforce."""
+    batch = Batch(device)
+    old = reference.logprobs(batch.logits, batch.target_tokens)
+    results = []
+    for given in ((fused_losses.vespo, old), (fused_losses.reinforce,)):
+        leaf = batch.logits.clone().requires_grad_()
+        loss = given[0](leaf, batch.target_tokens, *given[1:], batch.advantages, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_sequence_ratio_mask(backend, device):
@@ -361,7 +404,7 @@ def test_objective_of_the_user(backend, device):
 @pytest.mark.parametrize(
     "objective, inputs, error, message",
     [
-        ("reinforce", (), ValueError, "objective.*ppo.*reinforce"),
+        ("advantage", (), ValueError, "objective.*ppo.*advantage"),
         (3, (), TypeError, "objective.*int"),
         ("ppo", (-1.0,), ValueError, "ppo.*advantages"),
         ("ppo", (-1.0,) * 9, ValueError, "ppo.*9 inputs"),
@@ -499,6 +542,7 @@ def test_metrics_compile(backend, device):
 COMPOSED: dict[str, Callable[..., Tensor]] = {
     "gspo": lambda *args, **kw: fused_losses.gspo(*args, entropy_coef=0.1, **kw),
     "gmpo": lambda *args, **kw: fused_losses.gmpo(*args, **kw),
+    "vespo": lambda *args, **kw: fused_losses.vespo(*args, **kw),
     "sapo": lambda *args, **kw: fused_losses.sapo(*args, ratio_level="sequence", ratio_gradient="sequence", **kw),
     "function": lambda x, t, q, a, **kw: fused_losses.policy_loss(x, t, clipped, q, a.expand_as(q), **kw),
 }

@@ -110,9 +110,9 @@ def masked_rows_multiplied(grad: Function) -> Function:
 
 def sign_of_the_advantage_ignored(objective: Function) -> Function:
     def wrong(stats: Stats, problem: Problem, reduce: bool):
-        inputs = problem.inputs
-        if inputs:
-            inputs = (inputs[0], inputs[1].abs(), *inputs[2:])
+        names = problem.objective.columns
+        pairs = zip(names, problem.inputs, strict=True)
+        inputs = tuple(value.abs() if name == "advantages" else value for name, value in pairs)
         return objective(stats, problem._replace(inputs=inputs), reduce)
 
     return wrong

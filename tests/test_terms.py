@@ -13,7 +13,7 @@ from typing import Any
 import formulas
 import pytest
 import torch
-from cases import DTYPES, EPS, MODES, POLICY_LOSSES, Case, check, make, near, run
+from cases import DTYPES, EPS, MODES, POLICY_LOSSES, RATIO_LOSSES, Case, check, make, near, run
 from conftest import device_of, require
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,8 +80,9 @@ OPTIONS = [
     *(("cross_entropy", name, option) for name, option in OF_CROSS_ENTROPY.items()),
     *(
         (loss, "all at once", {"softcap": 6.0, **OF_POLICY["entropy"], **OF_POLICY["KL k3 by ratio"]})
-        for loss in POLICY_LOSSES
+        for loss in RATIO_LOSSES
     ),
+    ("reinforce", "all at once", {"softcap": 6.0, **OF_POLICY["entropy"], **OF_POLICY["KL k3"]}),
 ]
 
 
@@ -314,11 +315,17 @@ def combinations(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> C
             keywords["z_loss"] = draw(st.floats(0, 0.5, width=32, allow_subnormal=False))
     else:
         keywords |= maybe(
-            entropy_coef=number(-0.5, 0.5), importance_weights=number(0.0, 3.0), log_ratio_clamp=lambda: 0.3
+            entropy_coef=number(-0.5, 0.5),
+            importance_weights=number(0.0, 3.0),
+            **({"log_ratio_clamp": lambda: 0.3} if objective in RATIO_LOSSES else {}),
         )
         if draw(st.booleans()):
             keywords |= {"ref_logprobs": near, "kl_coef": draw(st.floats(0.01, 1))}
-            keywords |= {"kl_type": draw(st.sampled_from(KL_TYPES)), "kl_weighted_by_ratio": draw(st.booleans())}
+            keywords["kl_type"] = draw(st.sampled_from(KL_TYPES))
+            if objective in RATIO_LOSSES:
+                keywords["kl_weighted_by_ratio"] = draw(st.booleans())
+        if objective.startswith("dppo"):
+            keywords |= maybe(ratio_cap=number(0.5, 2.0), divergence_low=number(0.0, 0.1))
         if objective == "ppo":
             keywords |= maybe(dual_clip=lambda: 1.3, delta=lambda: draw(st.sampled_from([0.9, 1.1, 2.5])))
     keywords["reduction"] = draw(st.sampled_from(["sum", "mean", "none"]))
@@ -384,6 +391,8 @@ def test_reference_is_the_definition():
         if case.objective == "cross_entropy":
             losses = weights * formulas.cross_entropy(other, targets, **keywords)
         else:
+            if "old_logprobs" not in keywords:
+                keywords["old_logprobs"] = 0.0
             losses = weights * formulas.policy(case.objective, other, targets, **keywords)
         expected = {
             "none": losses.sum(-1) if losses.dim() > 1 else losses,

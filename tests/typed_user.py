@@ -10,7 +10,18 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import fused_losses
-from fused_losses import LinearHead, Outputs
+from fused_losses import LinearHead, Outputs, on_logprobs
+
+
+def of_logprobs(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, known_later: bool) -> None:
+    logprobs, entropy = fused_losses.logprobs(logits, targets, return_entropy=True)
+    loss = on_logprobs.ppo(logprobs, old_logprobs, advantages, entropy=entropy, entropy_coef=0.1, weights=advantages)
+    loss.backward()
+    assert_type(loss, Tensor)
+    loss, outputs = on_logprobs.gspo(logprobs.detach(), old_logprobs, 1.0, return_outputs=True)
+    assert_type(outputs.metrics["ratio_mean"], Tensor)
+    either = on_logprobs.policy_loss(logprobs.detach(), "dro", old_logprobs, 1.0, return_outputs=known_later)
+    assert_type(either, Tensor | tuple[Tensor, Outputs])
 
 
 def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature: Tensor, known_later: bool) -> None:
@@ -19,7 +30,7 @@ def of_the_logits(logits: Tensor, targets: Tensor, weights: Tensor, temperature:
     loss.backward()
     assert_type(loss, Tensor)
     loss.item()
-    loss, outputs = fused_losses.cross_entropy(logits, targets, reduction="sum", backend="auto", return_outputs=True)
+    loss, outputs = fused_losses.cross_entropy(logits, targets, reduction="sum", upstream=2.0, return_outputs=True)
     assert_type(loss, Tensor)
     assert_type(outputs, Outputs)
     assert_type(outputs.logprobs, Tensor)
@@ -63,6 +74,13 @@ def of_a_token(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages
     either = fused_losses.importance_sampling(logits, targets, old_logprobs, 1.0, return_outputs=known_later)
     assert_type(either, Tensor | tuple[Tensor, Outputs])
 
+    loss = fused_losses.reinforce(logits, targets, advantages, importance_weights=old_logprobs)
+    assert_type(loss, Tensor)
+    loss, outputs = fused_losses.dft(logits, targets, denominator=9.0, return_outputs=True)
+    assert_type(outputs, Outputs)
+    loss = fused_losses.dppo_kl(logits, targets, old_logprobs, 1.0, divergence_low=advantages, ratio_cap=3.0)
+    either = fused_losses.dppo_tv(logits, targets, old_logprobs, advantages, return_outputs=known_later)
+    assert_type(either, Tensor | tuple[Tensor, Outputs])
     loss = fused_losses.ppo(logits, targets, old_logprobs, 1.0, clip_low_threshold=0.8, dual_clip=advantages.abs() + 1)
     loss.backward()
     loss = fused_losses.ppo(
@@ -117,6 +135,8 @@ def of_a_sequence(logits: Tensor, targets: Tensor, old_logprobs: Tensor, advanta
     either = fused_losses.gspo(logits, targets, old_logprobs, advantages, return_outputs=known_later)
     assert_type(either, Tensor | tuple[Tensor, Outputs])
 
+    loss = fused_losses.vespo(logits, targets, old_logprobs, advantages, k_positive=1.0, lambda_negative=advantages)
+    assert_type(loss, Tensor)
     loss = fused_losses.gmpo(logits, targets, old_logprobs, advantages, sequence_ratio_mask=advantages != 0)
     loss.backward()
     assert_type(loss, Tensor)
@@ -149,6 +169,10 @@ def wrong(logits: Tensor, targets: Tensor, q: Tensor, A: Tensor) -> None:
     fused_losses.cross_entropy(logits, targets, reduction="avg")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     fused_losses.cross_entropy(logits, targets, backend="gpu")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     fused_losses.cross_entropy(logits, targets, return_outputs=True).backward()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    fused_losses.cross_entropy(logits, targets, upstream="2")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    on_logprobs.ppo(logits, q, A, temperature=0.9)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    fused_losses.reinforce(logits, targets, A, log_ratio_clamp=1.0)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    fused_losses.dft(logits, targets, label_smoothing=0.1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, weights=q)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     fused_losses.logprobs(logits, targets, return_entropy=True).sum()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
     fused_losses.statistics(logits, targets, outputs=("argmax",))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("numpy", "setuptools>=68", "pybind11>=2.12", "pytest>=8", "hypothesis", "expecttest")
+NEEDED = ("numpy", "setuptools>=77.0.3", "pybind11>=2.12", "pytest>=8", "hypothesis", "expecttest")
 # What a Python or torch may break: autograd, dispatch, compilation. What else there is in these files is arithmetic.
 SUITE = ("losses", "gradients", "compile", "interface", "terms", "policy", "sequences")
 SELECTED = "(test_losses or test_gradients or test_interface or compile) and not triton and not cuda"

@@ -78,7 +78,7 @@ from .outputs import Outputs
 from .problem import How, KlType, PolicyTerms, RatioGradient, Reduction, ReductionName, Sequences
 '''
 GROUPS = ("Sequences", "PolicyTerms", "Transform", "Reduction", "How")  # records of problem.py, in the order of a call
-BY_NAME = ("policy", "sequence_policy")  # functions of call.py that serve several losses
+BY_NAME = ("policy", "sequence_policy", "of_logprob")  # functions of call.py that serve several losses
 OF_ROWS = ("ignore_index", "inplace", "backend")
 WIDTH = 120
 

@@ -50,6 +50,22 @@ def cross_entropy(logp):
 
 
 @triton.jit
+def linear(g, logp):
+    """g * logp and g, a constant; 0 where that is: a ratio or a probability of 0 comes with logp -inf."""
+    return tl.where(g == 0, 0.0, g * logp), g
+
+
+@triton.jit
+def dft(logp):
+    return linear(-tl.exp(logp), logp)
+
+
+@triton.jit
+def reinforce(logp, advantages):
+    return linear(-advantages, logp)
+
+
+@triton.jit
 def importance_sampling(logp, old_logprobs, advantages, log_ratio_clamp):
     log_r, flows = log_ratio(logp, old_logprobs, log_ratio_clamp)
     value = -tl.exp(log_r) * advantages
@@ -79,8 +95,7 @@ def cispo(logp, old_logprobs, advantages, clip_low_threshold, clip_high_threshol
     low, high = clip_low_threshold, clip_high_threshold
     ratio = tl.exp(log_ratio(logp, old_logprobs, log_ratio_clamp)[0])
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))  # a NaN ratio stays NaN
-    g = tl.where(no_advantage(old_logprobs, advantages), 0.0, -clipped * advantages)
-    value = tl.where(g == 0, 0.0, g * logp)  # ratio 0 comes with logp -inf
+    value, g = linear(tl.where(no_advantage(old_logprobs, advantages), 0.0, -clipped * advantages), logp)
     return nan_unless(valid_clip(low, high) & (log_ratio_clamp >= 0), value, g)
 
 
@@ -109,6 +124,49 @@ def sapo(logp, old_logprobs, advantages, tau_positive, tau_negative, log_ratio_c
     idle = no_advantage(old_logprobs, advantages)
     valid = (tau_positive > 0) & (tau_negative > 0) & (log_ratio_clamp >= 0)
     return nan_unless(valid, tl.where(idle, 0.0, value), tl.where(idle, 0.0, g))
+
+
+@triton.jit
+def in_trust_region(divergence, logp, old_logprobs, advantages, low, high, log_ratio_clamp, ratio_cap):
+    """-sg(min(r, cap)) logp A; 0 where the advantage would drive the token on, out of the region."""
+    ratio = tl.exp(log_ratio(logp, old_logprobs, log_ratio_clamp)[0])
+    capped = tl.where(ratio > ratio_cap, ratio_cap, ratio)  # a NaN ratio stays NaN
+    up = (advantages > 0) & (logp > old_logprobs) & (divergence > high)
+    down = (advantages < 0) & (logp < old_logprobs) & (divergence > low)
+    idle = no_advantage(old_logprobs, advantages) | up | down
+    value, g = linear(tl.where(idle, 0.0, -capped * advantages), logp)
+    return nan_unless((low >= 0) & (high >= 0) & (log_ratio_clamp >= 0) & (ratio_cap >= 0), value, g)
+
+
+@triton.jit
+def dppo_tv(logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap):
+    divergence = tl.abs(tl.exp(logp) - tl.exp(old_logprobs))
+    return in_trust_region(
+        divergence, logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap
+    )
+
+
+@triton.jit
+def dppo_kl(logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap):
+    """KL of "this token or any other" under two policies, as frameworks form it: finite where logp is 0."""
+    p = tl.exp(old_logprobs)
+    others = others_of(old_logprobs)
+    drift = tl.where(p == 0, 0.0, p * (old_logprobs - logp))
+    divergence = drift + others * tl.log((others + 1e-8) / (others_of(logp) + 1e-8))
+    return in_trust_region(
+        divergence, logp, old_logprobs, advantages, divergence_low, divergence_high, log_ratio_clamp, ratio_cap
+    )
+
+
+@triton.jit
+def others_of(logp):
+    """1 - exp(logp), at least 0, with all its digits: what exp rounds away is made up for in proportion. W. Kahan's, as
+    for log1p in softmax.py."""
+    p = tl.exp(logp)
+    one_less = 1.0 - p
+    near = (logp > -0.5) & (one_less > 0)  # where exp rounded to 1, the first term of the series is exact
+    made_up = tl.where(near, one_less * (logp / tl.log(tl.where(near, p, 0.5))), one_less)
+    return tl.maximum(tl.where(p == 1, -logp, made_up), 0.0)
 
 
 @triton.jit

@@ -34,6 +34,12 @@ std::string not_ready(int index, int capability) {
 
 }  // namespace
 
+std::string cuda_version() {
+    int runtime = 0;
+    cudaRuntimeGetVersion(&runtime);  // the one that is linked in
+    return version(runtime);
+}
+
 std::string unusable(int index) {
     int driver = 0, runtime = 0, count = 0, major = 0, minor = 0;
     // With no driver at all the runtime reports version 0 and every other call says "driver insufficient".

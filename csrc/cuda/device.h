@@ -10,6 +10,8 @@ namespace fused_losses {
 // Why device `index` can't run these kernels, with the fix, or "".
 std::string unusable(int index);
 
+std::string cuda_version();  // that these kernels were built with
+
 struct DeviceLimits {
     int multiprocessors;
     int64_t l2_bytes;

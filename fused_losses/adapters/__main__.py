@@ -26,28 +26,29 @@ def main() -> int:
 
 def shown(framework: str) -> bool:
     """Prints the framework's table; whether all is within tolerance."""
-    version = comparison.version(framework)
-    try:
-        found = list(comparison.comparisons(framework))
-    except ImportError as error:  # of the framework, or of what it needs
-        if (error.name or "").startswith("fused_losses"):
-            raise
-        print(f"\n{FRAMEWORKS[framework]} {version or ''}: not compared, {error}")
-        return True
-    except RuntimeError as error:
-        print(f"\nFAILED {error}")
-        return False
-    print(f"\n{FRAMEWORKS[framework]} {version or ''}\n{HEAD}")
-    fine = True
-    for each in found:
+    name = f"{FRAMEWORKS[framework]} {comparison.version(framework) or ''}"
+    found, fine, head = comparison.comparisons(framework), True, f"\n{name}\n{HEAD}\n"
+    while True:
+        try:  # each when the one before has run: what they run in may be theirs to make and to take down
+            each = next(found, None)
+        except ImportError as error:  # of the framework, or of what it needs
+            if (error.name or "").startswith("fused_losses"):
+                raise
+            print(f"\n{name}: not compared, {error}")
+            return True
+        except RuntimeError as error:
+            print(f"\nFAILED {error}")
+            return False
+        if each is None:
+            return fine
         compared = comparison.run(each)
         within = compared.worst <= each.tolerance
         fine &= within
-        name = max(compared.differences, key=lambda key: compared.differences[key])
+        worst_of = max(compared.differences, key=lambda key: compared.differences[key])
         theirs, ours = (f"{1e3 * s:.2f} ms" for s in compared.seconds)
-        worst = f"{compared.worst:.1e} {name}{'' if within else ' WRONG'}"
-        print(f"{each.slot:58} {each.case:30} {worst:28} {theirs:>10} {ours:>10}", flush=True)
-    return fine
+        worst = f"{compared.worst:.1e} {worst_of}{'' if within else ' WRONG'}"
+        print(f"{head}{each.slot:58} {each.case:30} {worst:28} {theirs:>10} {ours:>10}", flush=True)
+        head = ""
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ class Slot(NamedTuple):
     module: str
     name: str  # dotted where it is in a class: "PolicyLoss.forward"
     parameters: tuple[str, ...] | None = None  # by which the framework calls it, in order; None: not looked at
+    importers: tuple[str, ...] = ()  # modules that have the name too, once imported: they import it from this one
 
 
 class Slots:
@@ -38,6 +40,8 @@ class Slots:
         found = {slot: self.found(slot) for slot in self.replacements}
         for slot, replacement in self.replacements.items():
             setattr(*_holder(slot), replacement)
+            for importer in _having(slot, found[slot]):
+                setattr(importer, slot.name, replacement)
         self.originals = found
 
     def remove(self) -> None:
@@ -53,6 +57,8 @@ class Slots:
                 )
         for slot, original in self.originals.items():
             setattr(*_holder(slot), original)
+            for importer in _having(slot, self.replacements[slot]):  # imported since, some of them
+                setattr(importer, slot.name, original)
         self.originals = {}
 
     def check(self) -> None:
@@ -83,6 +89,15 @@ class Slots:
         )
 
 
+def rebind(package: str, old: Any, new: Any) -> None:
+    """Bind to ``new`` every name that is bound to ``old`` in the loaded modules of ``package``: those of a slot's value
+    that was imported by name."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            for key in [key for key, value in vars(module).items() if value is old]:
+                setattr(module, key, new)
+
+
 def installed(distribution: str) -> str | None:
     """The version, or None."""
     try:
@@ -97,6 +112,14 @@ def _holder(slot: Slot) -> tuple[Any, str]:
     for part in classes:
         holder = getattr(holder, part)
     return holder, name
+
+
+def _having(slot: Slot, value: Any) -> Iterator[Any]:
+    """The slot's importers that have been imported and hold the value. Those still to come get what the slot holds."""
+    for name in slot.importers:
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, slot.name, None) is value:
+            yield module
 
 
 def _value(slot: Slot) -> Any:

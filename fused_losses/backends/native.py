@@ -35,7 +35,7 @@ def load(name: str, fix: str) -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module(f"fused_losses.{name}")
     except ModuleNotFoundError:
-        return None, f"{NOT_BUILT}; {fix} and reinstall the package"
+        return None, f"{NOT_BUILT}; {fix} and reinstall the package from source"
     except ImportError as error:
         return None, f"the extension is built but {BROKEN} ({error}); reinstall the package"
     difference = inputs_differ(getattr(module, "objectives", {}))

@@ -21,12 +21,16 @@ from fused_losses.problem import Terms
 from fused_losses.terms import Seen, row_loss
 
 FLOOR = float(np.finfo(np.float32).min)
+SUBNORMAL = 1.5e-45  # next to 0 float32 has no more digits
 SMALLEST = (1e-35, 1e-35, 2.0**-24)
 ROUNDING = (0.0, 2.0**-8, 2.0**-10)  # generous: an ulp, not half of one
 SMALL = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 24, 31, 32, 33, 47, 63, 64, 65, 127, 255, 256, 257, 1000, 1023]
 LARGE = [1025, 2050, 3001, 4096, 4099, 9000]  # blocks of several warps
 LARGEST = 33013  # a block of 1024 threads
 HAZARDS = ["nan", "inf", "-inf", "all -inf", "half -inf", "bad target", "outside", "shifted", "sure", "behind", "mask"]
+
+# A seed keeps what it stands for, whatever objectives come after these: seeded bugs are caught by the first 60.
+SETTLED, SETTLED_SEEDS = 7, 120
 
 DRAWN = {
     "old_logprobs": lambda rng, n: rng.normal(-5, 2, n),
@@ -39,7 +43,15 @@ DRAWN = {
     "log_ratio_clamp": lambda rng, n: rng.uniform(0.5, 5.0, n),
     "dual_clip": lambda rng, n: rng.uniform(1.0, 3.0, n),
     "delta": lambda rng, n: rng.uniform(0.5, 4.0, n),
+    "divergence_low": lambda rng, n: 0.2,
+    "divergence_high": lambda rng, n: rng.uniform(0.01, 0.3, n),
+    "ratio_cap": lambda rng, n: rng.uniform(0.5, 4.0, n),
 }
+
+
+def objectives(seed: int) -> list[str]:
+    names = list(OBJECTIVES)
+    return names[:SETTLED] if seed <= SETTLED_SEEDS else names[SETTLED:]
 
 
 def encode(x: np.ndarray, dtype: int) -> np.ndarray:
@@ -75,7 +87,7 @@ class Draw:
             self.device = 1, 1 << 12  # one block of several warps takes all rows in turn
         self.plain = bool(rng.random() < 0.4)
         k = 1 if self.plain or rng.random() < 0.6 else int(rng.choice([1, 2, 5, 40, 70]))  # a small block: 32 threads
-        self.objective = "cross_entropy" if k > 1 else str(rng.choice(list(OBJECTIVES)))
+        self.objective = "cross_entropy" if k > 1 else str(rng.choice(objectives(seed)))
         self.temperature = self._column(rng.uniform(0.5, 2.0, n))
         self.weights = self._column(rng.uniform(0.25, 2.0, n) * (rng.random(n) < 0.8))
         self.denominator = np.float32(rng.uniform(0.5, 4.0)), None
@@ -281,8 +293,8 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
     coefficients_error = np.nan_to_num(np.where(draw.active, by_error * scale, 0), posinf=np.inf)
 
     logprobs = np.where(draw.reads & (draw.targets.T != IGNORE), logp, 0)
-    logprobs_error = small(logprobs) * (error + 3e-7 * np.abs(logprobs)) * draw.reads
-    entropy_error = 3 * error * np.where(leads, np.minimum(1, entropy), 1)
+    logprobs_error = (small(logprobs) * (error + 3e-7 * np.abs(logprobs)) + SUBNORMAL) * draw.reads
+    entropy_error = 3 * error * np.where(leads, np.minimum(1, entropy), 1) + SUBNORMAL
     if draw.plain:
         stats, rtol, atol, coefficients = stats[:3], rtol[:3], atol[:3], coefficients[:1]
         coefficients_error, logprobs, logprobs_error = coefficients_error[:1], logprobs[0], logprobs_error[0]

@@ -1,7 +1,7 @@
-"""The losses by Tinker's names: its input keys, config keys, defaults and sum reduction.
+"""The losses by Tinker's names: its input keys, config keys, defaults and sum reduction, as of its SDK 0.38.
 
-The one place that knows Tinker's words. The losses know nothing of it, and the ``tinker`` package is not imported: its
-``TensorData`` is known by its ``to_torch``.
+The losses know nothing of Tinker's words, and the ``tinker`` package is not imported: its ``TensorData`` is known by
+its ``to_torch``, a graph of ``create_custom_loss`` by its nodes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from torch import Tensor
 
 import fused_losses  # its losses are looked up when called: it imports this module
 
+from ..composition import WithDerivative
+from ..problem import BackendName
+from ._custom_graph import CustomLoss, custom_loss
+
 
 class ComputeResult(NamedTuple):
     """What :func:`compute` returns."""
 
     loss: Tensor  # 0-d float32, differentiable
     logprobs: Tensor  # per target, float32, detached
-    metrics: dict[str, Tensor]  # "loss:sum", the loss, detached
+    metrics: dict[str, Tensor]  # "loss:sum", the loss, and those of a custom loss; detached
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class _Loss:
     config: Mapping[str, float | None] = field(default_factory=dict)  # key -> default; None: that of the loss itself
 
 
+_CUSTOM = "custom"
 _POLICY = ("target_tokens", "logprobs", "advantages")
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 
@@ -59,8 +64,10 @@ def loss_fn(name: str) -> Callable[..., Any]:
         A function ``(logits, target_tokens, ...)``, see the loss itself.
 
     Raises:
-        ValueError: no loss has that name.
+        ValueError: no loss has that name, or it is a graph's: :func:`compute` takes it.
     """
+    if name == _CUSTOM:
+        raise ValueError("loss_fn 'custom' is whatever its graph says: compute(\"custom\", ..., custom=graph) takes it")
     defaults = {key: default for key, default in _named(name).config.items() if default is not None}
     return partial(getattr(fused_losses, name), reduction="sum", **defaults)
 
@@ -71,25 +78,31 @@ def compute(
     loss_fn_inputs: Mapping[str, Any],
     loss_fn_config: Mapping[str, Any] | None = None,
     *,
-    backend: str = "auto",
+    custom: Any = None,
+    backend: BackendName = "auto",
 ) -> ComputeResult:
     """The loss that Tinker's ``forward_backward`` would compute, from logits: the sum over tokens, not their mean.
 
     ``loss_fn_inputs`` may be that of a ``tinker.Datum`` as it stands; a Datum is one sequence, its logits are (N, V).
-    docs/tinker.md has the keys and defaults of each loss. Losses: https://tinker-docs.thinkingmachines.ai/losses.
+    docs/adapters/tinker.md has the keys and defaults of each loss. Losses:
+    https://tinker-docs.thinkingmachines.ai/losses.
 
     Args:
-        loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo", "dro" or "gspo".
+        loss_fn: "cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo" or "custom".
         logits: (..., V) float32, bfloat16 or float16, as for the losses.
         loss_fn_inputs: by key, tensors of shape (...): always ``target_tokens``, already shifted by one, and for
             cross_entropy ``weights``, for the others ``logprobs``, those of the sampling policy, and ``advantages``.
             May be given: ``weights`` for any loss, per-token ``clip_low_threshold`` and ``clip_high_threshold`` where
             these are config keys, ``sequence_ratio_mask`` for gspo. cross_entropy also takes ``target_tokens`` and
             ``weights`` of shape (..., K). Tensors are passed to the loss as they are; arrays, lists and TensorData
-            become int64 (``target_tokens``) or float32 (all others) on the device of the logits.
+            become int64 (``target_tokens``) or float32 (all others) on the device of the logits. For "custom", of one
+            Datum: ``target_tokens`` (T,) or (T, K) and what the graph names; TensorData keeps its dtype.
         loss_fn_config: by key, numbers: ``clip_low_threshold`` and ``clip_high_threshold``, absolute bounds on the
             ratio, for ppo (default 0.8 and 1.2), cispo (0.0 and 4.0) and gspo (those of :func:`fused_losses.gspo`);
             ``beta`` for dro (that of :func:`fused_losses.dro`).
+        custom: the loss that "custom" is: the ``LossHandle`` of ``create_custom_loss``, the ``CustomLossGraph`` that it
+            sends or that as JSON, or a ``torch.fx.GraphModule``; a function ``(logprobs, *inputs) -> (loss, metrics)``.
+            The loss is differentiated through the logprobs, the other inputs are constants.
         backend: "auto", "cuda", "triton", "cpu" or "eager", as for the losses.
 
     Returns:
@@ -97,12 +110,17 @@ def compute(
         ``{"loss:sum": loss}``, detached. All are tensors on the device of the logits; nothing waits for it.
 
     Raises:
-        TypeError, ValueError: no loss has that name; a key is unknown, missing, or given both per token and in the
-            config; or what the loss itself raises, which names ``logprobs`` as ``old_logprobs``.
+        TypeError, ValueError: no loss has that name, or it is "stable_reinforce", whose formula is not published; a key
+            is unknown, missing, or given both per token and in the config; ``custom`` has an operation that is not
+            evaluated here; or what the loss itself raises, which names ``logprobs`` as ``old_logprobs``.
         RuntimeError: the named backend can't run here.
     """
-    loss = _named(loss_fn)
     config = {} if loss_fn_config is None else loss_fn_config
+    if loss_fn == _CUSTOM:
+        return _compute_custom(logits, loss_fn_inputs, config, custom, backend)
+    loss = _named(loss_fn)
+    if custom is not None:
+        raise ValueError(f"custom is the graph of loss_fn 'custom', got one with {loss_fn!r}")
     _check_keys("loss_fn_inputs", loss_fn, loss_fn_inputs, loss.required + loss.optional)
     _check_keys("loss_fn_config", loss_fn, config, loss.config)
     for key in loss.required:
@@ -127,9 +145,76 @@ _bound = loss_fn  # under a name that compute's first parameter does not hide
 
 
 def _named(name: str) -> _Loss:
+    if name == "stable_reinforce":
+        raise ValueError(
+            "loss_fn 'stable_reinforce' can't be computed here: Tinker has not published its formula. "
+            f"Others are {_listed(_LOSSES)}"
+        )
     if name not in _LOSSES:
-        raise ValueError(f"loss_fn must be one of {_listed(_LOSSES)}, got {name!r}")
+        raise ValueError(f"loss_fn must be one of {_listed([*_LOSSES, _CUSTOM])}, got {name!r}")
     return _LOSSES[name]
+
+
+# ---- A graph of the logprobs ----
+
+
+def _compute_custom(
+    logits: Tensor, loss_fn_inputs: Mapping[str, Any], config: Mapping[str, Any], custom: Any, backend: BackendName
+) -> ComputeResult:
+    if custom is None:
+        raise ValueError(
+            "loss_fn 'custom' needs custom=, the LossHandle of create_custom_loss or its graph; a loss_id names what "
+            "Tinker's server has"
+        )
+    _check_keys("loss_fn_config", _CUSTOM, config, ())
+    loss = custom_loss(custom)
+    needed = ("target_tokens", *loss.inputs)
+    _check_keys("loss_fn_inputs", _CUSTOM, loss_fn_inputs, loss_fn_inputs)
+    if missing := [key for key in needed if key not in loss_fn_inputs]:
+        raise ValueError(f"loss_fn_inputs of 'custom' needs {_listed(missing)}, which its graph reads")
+    inputs = {key: _tensor(key, loss_fn_inputs[key], getattr(logits, "device", None), as_it_is=True) for key in needed}
+    for key, rank in {**loss.ranks, "target_tokens": loss.ranks["logprobs"]}.items():
+        if rank is not None and key in inputs and inputs[key].dim() != rank:
+            raise ValueError(f"{key} in loss_fn_inputs must have rank {rank}, got shape {tuple(inputs[key].shape)}")
+    target_tokens = inputs["target_tokens"]
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or target_tokens.dim() not in (1, 2):
+        raise ValueError(
+            "a custom loss is of one Datum, logits (T, V) and target_tokens (T,) or (T, K); got "
+            f"{shape or type(logits).__name__} and {tuple(target_tokens.shape)}"
+        )
+    of_inputs = partial(_evaluated, loss, [inputs[key] for key in loss.inputs])
+    if target_tokens.dim() == 1:
+        logprobs = fused_losses.logprobs(logits, target_tokens, backend=backend)
+        value, metrics = of_inputs(logprobs)
+    else:
+        value, metrics, logprobs = _of_several_targets(logits, target_tokens, of_inputs, backend)
+    return ComputeResult(value, logprobs.detach(), {"loss:sum": value.detach(), **metrics})
+
+
+def _evaluated(loss: CustomLoss, inputs: list[Tensor], logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return loss(logprobs, *(each.detach() for each in inputs))
+
+
+def _of_several_targets(
+    logits: Tensor,
+    target_tokens: Tensor,
+    function: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    backend: BackendName,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """As Tinker's client does it: cross_entropy is -sum of weights times logprobs, so with the negative slope of any
+    loss of the logprobs for weights its gradient is that loss's."""
+    with torch.no_grad():
+        _, seen = fused_losses.cross_entropy(
+            logits, target_tokens, reduction="sum", backend=backend, return_outputs=True
+        )
+    with torch.enable_grad():
+        logprobs = seen.logprobs.detach().requires_grad_()
+        value, metrics = function(logprobs)
+        slope = torch.autograd.grad(value, logprobs)[0] if value.requires_grad else torch.zeros_like(logprobs)
+    surrogate = fused_losses.cross_entropy(logits, target_tokens, weights=-slope, reduction="sum", backend=backend)
+    loss: Any = WithDerivative.apply(surrogate, value.detach(), torch.ones_like(surrogate))  # type: ignore[no-untyped-call]
+    return loss, metrics, logprobs
 
 
 def _check_keys(argument: str, name: str, given: Mapping[str, Any], known: Collection[str]) -> None:
@@ -145,13 +230,15 @@ def _listed(keys: Collection[str]) -> str:
     return ", ".join(map(str, keys)) or "no keys"
 
 
-def _tensor(key: str, value: Any, device: torch.device | None) -> Tensor:
-    """A tensor as it is; an array, a list or TensorData as int64 or float32 on ``device``."""
+def _tensor(key: str, value: Any, device: torch.device | None, as_it_is: bool = False) -> Tensor:
+    """A tensor as it is; an array, a list or TensorData as int64 or float32 on ``device``. as_it_is: TensorData of
+    its dtype."""
     if isinstance(value, Tensor):
         return value
     integers = key == "target_tokens"
     if hasattr(value, "to_torch"):
         value = value.to_torch().numpy()
+        integers |= as_it_is and value.dtype.kind in "iu"
     try:
         array = np.array(value)  # a copy, as a view of memory that is not writable makes torch warn
     except (TypeError, ValueError):  # a ragged list, for one

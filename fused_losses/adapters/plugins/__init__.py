@@ -1,0 +1,1 @@
+"""Modules whose import installs an adapter, for frameworks that load plugins by naming a module to import."""
