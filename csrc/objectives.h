@@ -127,12 +127,15 @@ FL_HD Loss dppo_tv(float logp, const float* in) {
     return in_trust_region(fabsf(expf(logp) - expf(in[0])), logp, in);
 }
 
+// 1 - exp(logp), at least 0, with all its digits.
+FL_HD float others_of(float logp) { return fmaxf(-expm1f(logp), 0.f); }
+
 // KL of "this token or any other" under two policies, as frameworks form it: finite where logp is 0.
 FL_HD Loss dppo_kl(float logp, const float* in) {
     const float old_logprob = in[0], floor = 1e-8f;
-    const float p = expf(old_logprob), others = fmaxf(-expm1f(old_logprob), 0.f);  // 1 - p, with all its digits
+    const float p = expf(old_logprob), others = others_of(old_logprob);
     const float drift = p == 0.f ? 0.f : p * (old_logprob - logp);
-    return in_trust_region(drift + others * logf((others + floor) / (floor - expm1f(logp))), logp, in);
+    return in_trust_region(drift + others * logf((others + floor) / (others_of(logp) + floor)), logp, in);
 }
 
 // Each with its inputs, by the names and in the order of fused_losses/objectives.py: compared when a module is loaded.

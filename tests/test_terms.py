@@ -325,7 +325,7 @@ def combinations(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> C
             if objective in RATIO_LOSSES:
                 keywords["kl_weighted_by_ratio"] = draw(st.booleans())
         if objective.startswith("dppo"):
-            keywords |= maybe(ratio_cap=number(0.5, 2.0), divergence_low=number(0.0, 0.1))
+            keywords |= maybe(ratio_cap=number(0.5, 2.0), divergence_low=number(0.0, 0.125))
         if objective == "ppo":
             keywords |= maybe(dual_clip=lambda: 1.3, delta=lambda: draw(st.sampled_from([0.9, 1.1, 2.5])))
     keywords["reduction"] = draw(st.sampled_from(["sum", "mean", "none"]))

@@ -21,6 +21,7 @@ STUBS = {  # top-level packages, where they are not installed
         *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
         *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
     ),
+    "axolotl": ("peft", "addict"),
     "openrlhf": ("ray", "deepspeed", "peft", "flash_attn", "ring_flash_attn", "pylatexenc"),
 }
 BARE = {  # packages whose own __init__ is not run, as it imports what the slots do not need

@@ -382,7 +382,7 @@ def _of_statistics(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         ours = np.exp(2 * log_p).sum()
         log_squares = 2 * logp + np.log1p(ours * np.exp(-2 * logp)) if lead > 0 else np.log(ours + np.exp(2 * logp))
         logprobs[2:, r] = log_squares, z.mean(), first
-        error[2, r] = 4 * off * min(1, abs(logp))
+        error[2, r] = 4 * off * min(1, abs(logp)) + SUBNORMAL
         mask = size > 1e37 or abs(z_top) > 1e37
         error[3, r] = np.inf if mask else (5e-6 * size + off * vocab) / vocab + 3e-7 * abs(z_top)
     return {"statistics stats": (stats, rtol, atol), "statistics logprobs": (logprobs, 1e-7, error)}
