@@ -433,18 +433,16 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {  # by SkyRL's policy_loss_type
 # ---- In place of SkyRL's, and back ----
 
 _FUNCTIONS, _LOSSES = "skyrl.backends.skyrl_train.utils.torch_utils", "skyrl.backends.skyrl_train.utils.ppo_utils"
-_IMPORT_FUNCTIONS = ("skyrl.backends.skyrl_train.workers.model_wrapper",)
 
-LOGPROBS = Slot(_FUNCTIONS, "logprobs_from_logits", ("logits", "labels", "inplace_backward"), _IMPORT_FUNCTIONS)
+LOGPROBS = Slot(_FUNCTIONS, "logprobs_from_logits", ("logits", "labels", "inplace_backward"))
 ENTROPY = Slot(
     _FUNCTIONS,
     "chunked_entropy_from_logits",
     ("logits", "requires_grad", "attention_mask", "chunk_size"),
-    _IMPORT_FUNCTIONS,
 )
 # By these its trainers refuse a loss, or leave out a forward, according to its name.
-READ_OLD_LOGPROBS = Slot(_LOSSES, "LOSSES_WITH_OLD_LOGPROBS", importers=("skyrl.train.fully_async_trainer",))
-READ_NO_OLD_LOGPROBS = Slot(_LOSSES, "LOSSES_WITHOUT_OLD_LOGPROBS", importers=("skyrl.train.trainer",))
+READ_OLD_LOGPROBS = Slot(_LOSSES, "LOSSES_WITH_OLD_LOGPROBS")
+READ_NO_OLD_LOGPROBS = Slot(_LOSSES, "LOSSES_WITHOUT_OLD_LOGPROBS")
 _REGISTRY = Slot(_LOSSES, "PolicyLossRegistry")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ class Slot(NamedTuple):
     module: str
     name: str  # dotted where it is in a class: "PolicyLoss.forward"
     parameters: tuple[str, ...] | None = None  # by which the framework calls it, in order; None: not looked at
-    importers: tuple[str, ...] = ()  # modules that have the name too, once imported: they import it from this one
 
 
 class Slots:
@@ -29,7 +28,8 @@ class Slots:
         self.originals: dict[Slot, Any] = {}  # of what is installed now
 
     def install(self) -> None:
-        """Put each replacement into its slot, all or none. A second call changes nothing.
+        """Put each replacement into its slot, all or none, and into the framework's modules that have imported it by
+        name; those that import it later get what the slot holds. A second call changes nothing.
 
         Raises:
             ImportError: the framework is not installed.
@@ -39,13 +39,12 @@ class Slots:
             return
         found = {slot: self.found(slot) for slot in self.replacements}
         for slot, replacement in self.replacements.items():
-            setattr(*_holder(slot), replacement)
-            for importer in _having(slot, found[slot]):
-                setattr(importer, slot.name, replacement)
+            _put(slot, found[slot], replacement)
         self.originals = found
 
     def remove(self) -> None:
-        """Put back what was there before. Without an installation it changes nothing.
+        """Put back what was there before, also in modules that were imported since. Without an installation it
+        changes nothing.
 
         Raises:
             RuntimeError: somebody else has replaced a slot since; the message names it. Nothing is put back.
@@ -56,9 +55,7 @@ class Slots:
                     f"{slot.module}.{slot.name} was replaced after fused_losses had been installed there"
                 )
         for slot, original in self.originals.items():
-            setattr(*_holder(slot), original)
-            for importer in _having(slot, self.replacements[slot]):  # imported since, some of them
-                setattr(importer, slot.name, original)
+            _put(slot, self.replacements[slot], original)
         self.originals = {}
 
     def check(self) -> None:
@@ -89,15 +86,6 @@ class Slots:
         )
 
 
-def rebind(package: str, old: Any, new: Any) -> None:
-    """Bind to ``new`` every name that is bound to ``old`` in the loaded modules of ``package``: those of a slot's value
-    that was imported by name."""
-    for name, module in list(sys.modules.items()):
-        if name == package or name.startswith(f"{package}."):
-            for key in [key for key, value in vars(module).items() if value is old]:
-                setattr(module, key, new)
-
-
 def installed(distribution: str) -> str | None:
     """The version, or None."""
     try:
@@ -114,12 +102,16 @@ def _holder(slot: Slot) -> tuple[Any, str]:
     return holder, name
 
 
-def _having(slot: Slot, value: Any) -> Iterator[Any]:
-    """The slot's importers that have been imported and hold the value. Those still to come get what the slot holds."""
-    for name in slot.importers:
-        module = sys.modules.get(name)
-        if module is not None and getattr(module, slot.name, None) is value:
-            yield module
+def _put(slot: Slot, before: Any, value: Any) -> None:
+    setattr(*_holder(slot), value)
+    if "." in slot.name or before is None:  # None is the value of many names
+        return
+    package = slot.module.partition(".")[0]
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == package:
+            names = getattr(module, "__dict__", {})
+            for name in [name for name, held in names.items() if held is before]:
+                setattr(module, name, value)
 
 
 def _value(slot: Slot) -> Any:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 import fused_losses
 
 from ..linear_head import LinearHead
-from .slots import Slot, Slots, rebind
+from .slots import Slot, Slots
 
 OUTPUTS: dict[str, Literal["logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"]] = {  # TRL's name: ours
     "log_probs": "logprobs",
@@ -205,8 +205,6 @@ def install(*, logits_dtype: torch.dtype | None = None) -> None:
     slots = _slots(ChunkedLogProb(logits_dtype))
     slots.found(_FORWARD)
     slots.install()
-    for slot, original in slots.originals.items():
-        rebind("trl", original, slots.replacements[slot])
     _installed = slots
 
 
@@ -219,10 +217,7 @@ def remove() -> None:
     global _installed
     if _installed is None:
         return
-    originals = _installed.originals
     _installed.remove()
-    for slot, original in originals.items():
-        rebind("trl", _installed.replacements[slot], original)
     _installed = None
 
 

@@ -506,16 +506,8 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {  # by verl's loss_mode
 # ---- In place of verl's, and back ----
 
 _FUNCTIONS, _SHARDED = "verl.utils.torch_functional", "verl.utils.megatron.tensor_parallel"
-_IMPORT_LOGPROBS = (
-    "verl.workers.engine.fsdp.transformer_impl",
-    "verl.workers.engine.automodel.transformer_impl",
-    "verl.workers.engine.torchtitan.transformer_impl",
-    "verl.trainer.ppo.prefix_grouper_utils",
-    "verl.workers.rollout.naive.naive_rollout",
-)
-_IMPORT_SHARDED = ("verl.workers.engine.megatron.transformer_impl",)
 
-LOGPROBS = Slot(_FUNCTIONS, "logprobs_from_logits", ("logits", "labels", "inplace_backward"), _IMPORT_LOGPROBS)
+LOGPROBS = Slot(_FUNCTIONS, "logprobs_from_logits", ("logits", "labels", "inplace_backward"))
 ENTROPY = Slot(_FUNCTIONS, "entropy_from_logits", ("logits",))
 CHUNKED_ENTROPY = Slot(_FUNCTIONS, "entropy_from_logits_with_chunking", ("logits", "chunk_size"))
 FUSED_HEAD = Slot(
@@ -523,10 +515,10 @@ FUSED_HEAD = Slot(
     "FusedLinearForPPO.forward",
     ("self", "hidden_states", "vocab_weights", "input_ids", "temperature"),
 )
-SHARDED_LOGPROBS = Slot(_SHARDED, "vocab_parallel_log_probs_from_logits", ("logits", "labels"), _IMPORT_SHARDED)
-SHARDED_ENTROPY = Slot(_SHARDED, "vocab_parallel_entropy", ("vocab_parallel_logits",), _IMPORT_SHARDED)
+SHARDED_LOGPROBS = Slot(_SHARDED, "vocab_parallel_log_probs_from_logits", ("logits", "labels"))
+SHARDED_ENTROPY = Slot(_SHARDED, "vocab_parallel_entropy", ("vocab_parallel_logits",))
 CHUNKED_SHARDED_ENTROPY = Slot(
-    _SHARDED, "vocab_parallel_entropy_with_chunking", ("vocab_parallel_logits", "chunk_size"), _IMPORT_SHARDED
+    _SHARDED, "vocab_parallel_entropy_with_chunking", ("vocab_parallel_logits", "chunk_size")
 )
 
 

@@ -3,12 +3,9 @@ stubs."""
 
 from __future__ import annotations
 
-import ast
 import gc
-import importlib.util
 import math
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -112,20 +109,6 @@ def test_a_slot_that_has_moved(monkeypatch):
         adapter.install()
     assert torch_utils.logprobs_from_logits is not adapter.logprobs_from_logits
     assert "fused_regular" not in PolicyLossRegistry.list_available()
-
-
-@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.name)
-def test_importers_are_all_that_import_by_name(slot):
-    package = Path(importlib.util.find_spec("skyrl").origin).parent
-    importers = set()
-    for path in package.rglob("*.py"):
-        if slot.name not in (text := path.read_text()):
-            continue
-        for node in ast.parse(text).body:
-            imports = isinstance(node, ast.ImportFrom) and node.module == slot.module
-            if imports and any(name.name == slot.name for name in node.names):
-                importers.add(".".join(path.relative_to(package.parent).with_suffix("").parts))
-    assert set(slot.importers) == importers
 
 
 # ---- Logits ----

@@ -3,12 +3,10 @@ stubs."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -93,21 +91,6 @@ def test_a_slot_that_has_moved(monkeypatch):
 
 def test_every_slot_is_there():
     slots.Slots("verl", adapter.MADE_FOR, adapter.replacements()).check()
-
-
-@pytest.mark.parametrize("slot", adapter.replacements(), ids=lambda slot: slot.name)
-def test_importers_are_all_that_import_by_name(slot):
-    """At the head of a module: those that import in a function get what the slot holds then."""
-    package = Path(importlib.util.find_spec("verl").origin).parent
-    importers = set()
-    for path in package.rglob("*.py"):
-        if slot.name not in (text := path.read_text()):
-            continue
-        for node in ast.parse(text).body:
-            imports = isinstance(node, ast.ImportFrom) and node.module == slot.module
-            if imports and any(name.name == slot.name for name in node.names):
-                importers.add(".".join(path.relative_to(package.parent).with_suffix("").parts))
-    assert set(slot.importers) == importers
 
 
 # ---- Logits ----
