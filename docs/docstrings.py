@@ -27,7 +27,7 @@ def rewrite(found: griffe.Object, package: griffe.Module) -> None:
         text = ROLE.sub(lambda role: link(role[1], found, package), found.docstring.value)
         if isinstance(found, griffe.Function | griffe.Class):
             text = TOGETHER.sub(lambda names: apart(names, found.parameters), RETURNED.sub(r"    \1: ", text))
-        if isinstance(found, griffe.Class) and "NamedTuple" in map(str, found.bases):
+        if isinstance(found, griffe.Class) and {"NamedTuple", "dataclass"} & {*map(str, found.bases), *found.labels}:
             text += f"\n\nAttributes:\n{fields(found)}"
         found.docstring.value = text
     for member in found.members.values():

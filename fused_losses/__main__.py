@@ -19,24 +19,22 @@ import torch
 
 import fused_losses
 
-from . import backends, build, reference, speed
+from . import backends, build, keywords, reference, speed
 from .backends.native import BROKEN, NOT_BUILT
 from .checks import LOGITS_DTYPES
 from .objectives import OBJECTIVES
 from .version import __version__
 
-# Of cross entropy, and of the policy losses.
-TERMS = (
-    {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 0.001},
-    {
-        "softcap": 20.0,
-        "entropy_coef": 0.01,
-        "ref_logprobs": -8.0,
-        "kl_coef": 0.1,
-        "kl_type": "k2",
-        "kl_weighted_by_ratio": True,
-    },
-)
+TERMS = {  # of which a loss gets those that it takes
+    "softcap": 20.0,
+    "label_smoothing": 0.1,
+    "z_loss": 0.001,
+    "entropy_coef": 0.01,
+    "ref_logprobs": -8.0,
+    "kl_coef": 0.1,
+    "kl_type": "k2",
+    "kl_weighted_by_ratio": True,
+}
 
 
 def devices() -> list[torch.device]:
@@ -59,7 +57,8 @@ def self_test(backend: str, device: torch.device) -> dict[str, Any]:
     worst = {"loss": 0.0, "gradient": 0.0}
     for name, dtype, recompute, with_terms in combinations(backend, device):
         logits, target_tokens, inputs = sample(OBJECTIVES[name].inputs, dtype, device)
-        inputs |= TERMS[bool(inputs)] if with_terms else {}
+        if with_terms:
+            inputs |= {term: value for term, value in TERMS.items() if term in keywords.defaults(name)}
         truth = run(reference, name, logits.double(), target_tokens, inputs)
         eager = run(reference, name, logits, target_tokens, inputs)
         ours = run(fused_losses, name, logits, target_tokens, inputs, backend=backend, recompute=recompute)

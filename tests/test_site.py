@@ -94,6 +94,7 @@ def test_docstrings_are_rendered(site: Path) -> None:
     assert re.search(r'href="outputs.html#[\w.]*Outputs"', losses)
     assert re.search(r'href="sources.html#[\w.]*VocabShard"', losses)
     assert losses.count("see <code>clip_high_threshold</code>") >= 2
+    assert "where an entropy_coef is in use" in (site / "api" / "outputs.html").read_text()  # a field's comment
 
 
 @pytest.mark.parametrize("page, added, complaint", SPOILT, ids=lambda value: value)

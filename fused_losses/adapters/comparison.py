@@ -33,8 +33,8 @@ class Comparison(NamedTuple):
 
     slot: str  # as the framework names it
     case: str  # what of it: an option, a loss, a dtype
-    theirs: Callable[[], Mapping[str, Tensor | float]]
-    ours: Callable[[], Mapping[str, Tensor | float]]
+    theirs: Callable[[], Mapping[str, Tensor | float]]  # runs the framework's
+    ours: Callable[[], Mapping[str, Tensor | float]]  # runs the library's
     tolerance: float = 1e-5  # of the largest of a name's numbers
     why: str = ""  # a tolerance that is not of float32's rounding has a reason
 

@@ -182,7 +182,8 @@ def output_processor(
     It stands for the output layer, ``_scale_logits`` and ``compute_language_model_loss``, with tensor and sequence
     parallelism as the layer has them: the gradient of the hidden states is reduced over the ranks, or reduced and
     scattered along the sequence. dW goes the way of ordinary gradients: DistributedDataParallel adds it to
-    ``main_grad``, also where ``gradient_accumulation_fusion`` is on.
+    ``main_grad``, also where ``gradient_accumulation_fusion`` is on. What is not listed below is what ``GPTModel``
+    calls an output processor with.
 
     Args:
         hidden_states: (s, b, h), or (s / tp, b, h) under sequence parallelism.
@@ -200,8 +201,6 @@ def output_processor(
             * ``skip_masked``: tokens of ``loss_mask`` 0 are left out before the first product, loss 0. Waits for the
               device, to know how many there are.
             * ``chunk_bytes``, ``logits_dtype``, ``weight_grad_dtype``: as of :class:`fused_losses.LinearHead`.
-
-        The rest is what ``GPTModel`` calls an output processor with.
 
     Returns:
         (b, s) float32, the loss of each token, as ``GPTModel.forward`` returns it; or what ``loss`` returns.

@@ -170,7 +170,7 @@ class ClippedPGLoss(_LossFunction):
 class NLLLoss(_LossFunction):
     """``NLLLossFn``: the negative log likelihood over the tokens of the whole batch. With on_logits in one pass.
 
-    Args: as of :class:`ClippedPGLoss`.
+    Arguments and errors are those of :class:`ClippedPGLoss`.
     """
 
     def __init__(

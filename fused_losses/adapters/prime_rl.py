@@ -178,8 +178,8 @@ def fused_output_linear(
     """``FusedOutputLinear.forward``: the logprobs of labels and the entropies, of logits that never exist as a whole.
 
     Args:
-        self: a Linear without a bias, with ``chunk_size`` tokens to a tile. Here a chunk of whole rows takes as much
-            memory as such a tile in prime-rl.
+        self: a Linear without a bias, with ``chunk_size`` tokens to a tile, and ``softcap`` where it is Gemma's. Here a
+            chunk of whole rows takes as much memory as such a tile in prime-rl.
         hidden_states: (b, s, H).
         labels: (b, s). None: the logits are returned, as of a Linear.
         temperature: (b, s), by which logits are divided; needed with labels.
@@ -193,28 +193,35 @@ def fused_output_linear(
     """
     if given := [name for name, value in others.items() if value is not None]:
         raise ValueError(f"{', '.join(given)} of FusedOutputLinear.forward is not supported by fused_losses")
+    softcap = getattr(self, "softcap", None)
     if labels is None:
-        return {"logits": torch.nn.functional.linear(hidden_states, self.weight)}
+        logits = torch.nn.functional.linear(hidden_states, self.weight)
+        return {"logits": logits if softcap is None else softcap * torch.tanh(logits / softcap)}
     if temperature is None:
         raise ValueError("temperature of FusedOutputLinear.forward must be given with labels, one per token")
     head = LinearHead(hidden_states, self.weight, chunk_bytes=self.chunk_size * _TILE)
-    logprobs, entropy = fused_losses.logprobs(head, labels, return_entropy=True, temperature=temperature)
+    logprobs, entropy = fused_losses.logprobs(
+        head, labels, return_entropy=True, temperature=temperature, softcap=softcap
+    )
     return {"logprobs": logprobs, "entropy": entropy}
 
 
 _slots = Slots(
     "prime-rl",
     "0.8.0",
-    {Slot("prime_rl.trainer.models.layers.lm_head", "FusedOutputLinear.forward"): fused_output_linear},
+    {
+        Slot("prime_rl.trainer.models.layers.lm_head", "FusedOutputLinear.forward"): fused_output_linear,
+        Slot("prime_rl.trainer.models.layers.lm_head_gemma", "GemmaFusedOutputLinear.forward"): fused_output_linear,
+    },
 )
 
 
 def install() -> None:
-    """Let prime-rl's chunked head (``trainer.model.fused_lm_head_token_chunk_size``) be this one.
+    """Let prime-rl's chunked heads be this one, Gemma's too (``trainer.model.fused_lm_head_token_chunk_size``).
 
     Raises:
         ImportError: prime-rl is not installed.
-        RuntimeError: the slot is not where it was; the message names it and the version.
+        RuntimeError: a slot is not where it was; the message names it and the version.
     """
     _slots.install()
 

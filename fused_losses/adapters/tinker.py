@@ -172,15 +172,16 @@ def _compute_custom(
     _check_keys("loss_fn_inputs", _CUSTOM, loss_fn_inputs, loss_fn_inputs)
     if missing := [key for key in needed if key not in loss_fn_inputs]:
         raise ValueError(f"loss_fn_inputs of 'custom' needs {_listed(missing)}, which its graph reads")
-    inputs = {key: _tensor(key, loss_fn_inputs[key], logits.device, as_it_is=True) for key in needed}
+    inputs = {key: _tensor(key, loss_fn_inputs[key], getattr(logits, "device", None), as_it_is=True) for key in needed}
     for key, rank in {**loss.ranks, "target_tokens": loss.ranks["logprobs"]}.items():
         if rank is not None and key in inputs and inputs[key].dim() != rank:
             raise ValueError(f"{key} in loss_fn_inputs must have rank {rank}, got shape {tuple(inputs[key].shape)}")
     target_tokens = inputs["target_tokens"]
-    if len(logits.shape) != 2 or target_tokens.dim() not in (1, 2):
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or target_tokens.dim() not in (1, 2):
         raise ValueError(
             "a custom loss is of one Datum, logits (T, V) and target_tokens (T,) or (T, K); got "
-            f"{tuple(logits.shape)} and {tuple(target_tokens.shape)}"
+            f"{shape or type(logits).__name__} and {tuple(target_tokens.shape)}"
         )
     of_inputs = partial(_evaluated, loss, [inputs[key] for key in loss.inputs])
     if target_tokens.dim() == 1:

@@ -159,7 +159,7 @@ def vanilla(
     Returns:
         The loss and verl's metrics: numbers, read from the device at once.
     """
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.bounds()
     dual_clip = config.get("clip_ratio_c", 3.0)
     loss = on_logprobs.ppo(
@@ -189,7 +189,7 @@ def gspo(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.gspo` in its token form, as verl's "gspo"; arguments as in :func:`vanilla`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.bounds()
     loss = on_logprobs.gspo(
         log_prob,
@@ -221,7 +221,7 @@ def sapo(
 
     As there, the reduction is "seq-mean-token-mean" whatever ``loss_agg_mode`` is.
     """
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.sapo(
         log_prob,
         old_log_prob,
@@ -245,7 +245,7 @@ def cispo(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.cispo`, as verl's "cispo"; arguments as in :func:`vanilla`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.bounds()
     loss = on_logprobs.cispo(
         log_prob,
@@ -272,7 +272,7 @@ def dro(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.dro` with ``policy_loss.dro_beta``, as verl's "dro"; arguments as in :func:`vanilla`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     beta = config.policy_loss.dro_beta
     if beta is None or beta <= 0:
         raise ValueError(f"config.policy_loss.dro_beta must be a number greater than 0, got {beta}")
@@ -301,7 +301,7 @@ def geo_mean(
     As there, the reduction is the mean over all sequences whatever ``loss_agg_mode`` is, and a sequence is multiplied
     by the geometric mean of its ``rollout_is_weights``. Its tokens' advantages are one number: their mean is taken.
     """
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.clip_ratios()
     of_sequences = aggregation.trl(given.active, "grpo")  # that mean, by TRL's name
     geometric_mean = None
@@ -331,7 +331,7 @@ def gpg(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.reinforce`, as verl's "gpg", which has no metrics; arguments as in :func:`vanilla`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.reinforce(
         log_prob, advantages, importance_weights=rollout_is_weights, **given.reduction(loss_agg_mode)
     )
@@ -350,7 +350,7 @@ def dppo_tv(
     """:func:`fused_losses.dppo_tv`, as verl's "dppo_tv": the clip ratios bound the divergence, ``clip_ratio_c`` the
     ratio; arguments as in :func:`vanilla`.
     """
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     divergence = (log_prob.detach().exp() - old_log_prob.exp()).abs()
     return _dppo(on_logprobs.dppo_tv, given, divergence, loss_agg_mode)
 
@@ -365,7 +365,7 @@ def dppo_kl(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.dppo_kl`, as verl's "dppo_kl"; configured as :func:`dppo_tv`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     return _dppo(on_logprobs.dppo_kl, given, binary_kl(old_log_prob, log_prob.detach()), loss_agg_mode)
 
 
@@ -402,7 +402,7 @@ def importance_sampling(
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.importance_sampling`, which verl has no loss_mode for; arguments as in :func:`vanilla`."""
-    given = _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
+    given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.importance_sampling(
         log_prob,
         old_log_prob,
@@ -474,6 +474,19 @@ class _Given(NamedTuple):
         tokens = self.active.sum().clamp(min=1)
         means = stacked.masked_fill(~self.active, 0.0).flatten(1).sum(1) / tokens
         return dict(zip(values, means.tolist(), strict=True))
+
+
+def _given(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    config: Any,
+    rollout_is_weights: Tensor | None,
+) -> _Given:
+    if config is None:
+        raise ValueError("config must be verl's ActorConfig, got None")
+    return _Given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss] = {  # by verl's loss_mode

@@ -209,6 +209,53 @@ def test_bfloat16_is_float32s():
     assert (theirs.double() - truth).abs().max() > 1e-2  # rounded to bfloat16, several times
 
 
+def test_step_of_a_model_through_skyrls_wrapper(reads):
+    """A Llama as SkyRL's workers hold it: parameters after a step with an entropy bonus, by its functions and ours."""
+    from skyrl.backends.skyrl_train.workers.model_wrapper import HFModelWrapper
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_length=16
+    )
+
+    def step(policy_loss_type: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        wrapper = HFModelWrapper(LlamaForCausalLM(made))
+        optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.05)
+        attention_mask = (torch.arange(T) >= torch.tensor([[0], [2], [1]])).long()
+        log_probs, output = wrapper(
+            torch.randint(V, (B, T)),
+            5,
+            attention_mask=attention_mask,
+            temperature=0.7,
+            return_output=True,
+            compute_entropy=True,
+            entropy_requires_grad=True,
+        )
+        loss, _ = PolicyLossRegistry.get(policy_loss_type)(
+            log_probs,
+            log_probs.detach() + 0.3 * torch.randn(B, 5),
+            torch.randn(B, 5),
+            config=config("regular"),
+            loss_mask=(torch.arange(5) < torch.tensor([[5], [2], [0]])).float(),
+            rollout_logprobs=None,
+        )
+        (loss - 0.01 * output["entropy"][:, -6:-1].mean()).backward()
+        optimizer.step()
+        return [parameter.detach() for parameter in wrapper.parameters()]
+
+    theirs = step("regular")
+    assert reads == {"logprobs": 0, "statistics": 0}
+    adapter.install()
+    try:
+        ours = step("fused_regular")
+    finally:
+        adapter.remove()
+    assert reads == {"logprobs": 1, "statistics": 0}
+    for their_parameter, our_parameter in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(our_parameter, their_parameter, rtol=1e-5, atol=1e-6)
+
+
 # ---- Policy losses ----
 
 

@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any
 
 STUBS = {  # top-level packages, where they are not installed
-    "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc"),
-    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym"),
+    "verl": ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "pylatexenc", "peft"),
+    "skyrl": ("ray", "omegaconf", "loguru", "jaxtyping", "cloudpathlib", "skyrl_gym", "flash_attn", "peft"),
     "torchtitan": ("vllm",),
     "ms_swift": (
         *("modelscope", "peft", "json_repair", "requests", "urllib3", "bitsandbytes", "einops", "aiohttp", "dacite"),
         *("msgspec", "trl"),  # of trl what is not in its newest releases, which ms-swift does not take
     ),
+    "axolotl": ("peft", "addict"),
     "openrlhf": ("ray", "deepspeed", "peft", "flash_attn", "ring_flash_attn", "pylatexenc"),
 }
 BARE = {  # packages whose own __init__ is not run, as it imports what the slots do not need

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -159,12 +160,18 @@ def layer(dtype: torch.dtype = torch.float32, hidden: int = 6, vocab: int = 50) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_gives_logprobs_and_entropy(dtype):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_head_gives_logprobs_and_entropy(dtype, softcap):
     module = layer(dtype)
+    if softcap is not None:
+        module.softcap = softcap
     hidden = torch.randn(2, 7, 6).to(dtype).requires_grad_()
     labels, temperature = torch.randint(50, (2, 7)), 0.5 + torch.rand(2, 7)
     numbers = []
-    for function in (theirs.head, lambda h, w, *rest: prime_rl.fused_output_linear(module, h, *rest)):
+    for function in (
+        partial(theirs.head, softcap=softcap),
+        lambda h, w, *rest: prime_rl.fused_output_linear(module, h, *rest),
+    ):
         seen = function(hidden, module.weight, labels, temperature)
         loss = (seen["logprobs"] * torch.linspace(-1, 1, 14).view(2, 7)).sum()
         numbers.append((seen["logprobs"], seen["entropy"], *torch.autograd.grad(loss, (hidden, module.weight))))
@@ -186,6 +193,11 @@ def test_the_heads_entropy_has_a_gradient():
 def test_the_head_without_labels_and_what_it_refuses():
     module, hidden = layer(), torch.randn(1, 3, 6)
     torch.testing.assert_close(prime_rl.fused_output_linear(module, hidden)["logits"], module(hidden))
+    module.softcap = 0.5
+    torch.testing.assert_close(
+        prime_rl.fused_output_linear(module, hidden)["logits"], 0.5 * torch.tanh(module(hidden) / 0.5)
+    )
+    del module.softcap
     labels, temperature = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"temperature of FusedOutputLinear\.forward must be given"):
         prime_rl.fused_output_linear(module, hidden, labels)
@@ -198,41 +210,53 @@ def test_the_head_without_labels_and_what_it_refuses():
 # ---- install and remove ----
 
 
+class Head(torch.nn.Linear):
+    def forward(self, hidden_states, labels=None, temperature=None):
+        return {"logprobs": None}
+
+
 @pytest.fixture
-def package(monkeypatch) -> type:
-    """What of prime-rl's package the slot is in."""
-
-    class FusedOutputLinear(torch.nn.Linear):
-        def forward(self, hidden_states, labels=None, temperature=None):
-            return {"logprobs": None}
-
+def heads(monkeypatch) -> list[type]:
+    """What of prime-rl's package the slots are in."""
     path = ""
-    for part in ("prime_rl", "trainer", "models", "layers", "lm_head"):
+    for part in ("prime_rl", "trainer", "models", "layers"):
         path = f"{path}.{part}".lstrip(".")
-        module = ModuleType(path)
-        module.__path__ = []  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, path, module)
-    module.FusedOutputLinear = FusedOutputLinear  # type: ignore[attr-defined]
-    return FusedOutputLinear
+        monkeypatch.setitem(sys.modules, path, package(path))
+    classes = []
+    for module, name in (("lm_head", "FusedOutputLinear"), ("lm_head_gemma", "GemmaFusedOutputLinear")):
+        classes.append(type(name, (Head,), {"forward": Head.forward}))
+        made = package(f"{path}.{module}")
+        setattr(made, name, classes[-1])
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    return classes
 
 
-def test_install_and_remove(package):
-    before = package.__dict__["forward"]
-    module = package(6, 50, bias=False)
-    module.chunk_size = 4
+def package(path: str) -> ModuleType:
+    module = ModuleType(path)
+    module.__path__ = []
+    return module
+
+
+def test_install_and_remove(heads):
     prime_rl.install()
     try:
-        seen = module(torch.randn(1, 3, 6), torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
-        assert seen["logprobs"].shape == (1, 3) and seen["entropy"].requires_grad
+        for head in heads:
+            module = head(6, 50, bias=False)
+            module.chunk_size = 4
+            seen = module(torch.randn(1, 3, 6), torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+            assert seen["logprobs"].shape == (1, 3) and seen["entropy"].requires_grad
     finally:
         prime_rl.remove()
-    assert package.__dict__["forward"] is before
+    assert all(head.__dict__["forward"] is Head.forward for head in heads)
 
 
-def test_a_slot_that_moved_is_named(package):
-    del sys.modules["prime_rl.trainer.models.layers.lm_head"].FusedOutputLinear
-    with pytest.raises(RuntimeError, match=r"prime-rl .*lm_head\.FusedOutputLinear\.forward is not the slot"):
+def test_a_slot_that_moved_is_named(heads):
+    del sys.modules["prime_rl.trainer.models.layers.lm_head_gemma"].GemmaFusedOutputLinear
+    with pytest.raises(
+        RuntimeError, match=r"prime-rl .*lm_head_gemma\.GemmaFusedOutputLinear\.forward is not the slot"
+    ):
         prime_rl.install()
+    assert heads[0].__dict__["forward"] is Head.forward
 
 
 @pytest.mark.skipif(installed("prime-rl") is not None, reason="prime-rl is installed")

@@ -182,6 +182,46 @@ def test_entropy_compiled_as_engines_do(installed):
         torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("calculate_entropy", [True, False])
+def test_outputs_of_the_fsdp_engine(calculate_entropy):
+    """The engine's own method, of packed sequences at two temperatures: logprobs, entropy and gradient."""
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    lengths = (5, 9, 2)
+    input_ids = torch.nested.nested_tensor([torch.randint(V, (n,)) for n in lengths], layout=torch.jagged)
+
+    def outputs() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        leaf = torch.randn(1, sum(lengths), V, requires_grad=True)
+        engine = SimpleNamespace(
+            engine_config=SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False),
+            compute_entropy_from_logits=torch_functional.entropy_from_logits,
+            _gather_and_unpad_packed=lambda values, pad_size: values,
+        )
+        arguments = {
+            "input_ids_rmpad_rolled": input_ids.values().roll(-1),
+            "temperature_rmpad": torch.linspace(0.5, 1.5, sum(lengths)),
+            "pad_size": 0,
+        }
+        batch = {"input_ids": input_ids, "calculate_entropy": calculate_entropy}
+        made = FSDPEngineWithLMHead.prepare_model_outputs(
+            engine, SimpleNamespace(logits=leaf * 1), arguments, batch, logits_processor_func=None
+        )
+        values = {name: value.values() for name, value in made.items()}
+        sum((value * torch.linspace(-1, 1, sum(lengths))).sum() for value in values.values()).backward()
+        return values | {"gradient": leaf.grad}
+
+    theirs = outputs()
+    adapter.install(megatron=False)
+    try:
+        ours = outputs()
+    finally:
+        adapter.remove()
+    assert ours.keys() == theirs.keys() and ("entropy" in ours) == calculate_entropy
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-6)
+
+
 # ---- The fused head ----
 
 
@@ -321,6 +361,8 @@ def test_through_verls_ppo_loss(mode, monkeypatch):
 
 
 def test_what_a_config_may_not_say():
+    with pytest.raises(ValueError, match="config must be verl's ActorConfig, got None"):
+        adapter.vanilla(**tokens())
     with pytest.raises(ValueError, match=r"policy_loss\.dro_beta must be a number greater than 0, got None"):
         adapter.dro(**tokens(), config=config(policy_loss=SimpleNamespace(dro_beta=None)))
     with pytest.raises(ValueError, match=r"loss_agg_mode must be one of .*got 'mean'"):

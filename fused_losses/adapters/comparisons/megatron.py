@@ -21,7 +21,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
 from .. import megatron
 from ..comparison import Comparison
@@ -46,7 +45,12 @@ def on_cpu(**sizes: int) -> Iterator[None]:
     """
     made = not dist.is_initialized()
     if made:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
     parallel_state.initialize_model_parallel(**sizes)
     try:
         with simulated_device():

@@ -50,9 +50,14 @@ def clipped(inputs: Any, clip_eps: float = 0.2) -> prime_rl.LossOutputs:
     return prime_rl.LossOutputs((losses * _weights(inputs))[inputs.loss_mask].sum(), {})
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-    """Logits are of the products' dtype, and float32 from the temperature on."""
-    logprobs = torch.log_softmax((hidden @ weight.t()).float() / temperature[..., None], -1)
+def head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor, softcap: float | None = None
+) -> dict[str, Tensor]:
+    """Logits are of the products' dtype, and float32 from there on; Gemma's are capped, then divided."""
+    logits = (hidden @ weight.t()).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprobs = torch.log_softmax(logits / temperature[..., None], -1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return {"logprobs": logprobs.gather(-1, labels[..., None])[..., 0], "entropy": entropy}
 
@@ -82,6 +87,7 @@ def comparisons() -> Iterator[Comparison]:
         yield _sequence(custom, f"ppo, {case}", clipped, prime_rl.ppo, metrics=False, **options)
     yield _head("float32", torch.float32)
     yield _head("bf16", torch.bfloat16)
+    yield _head("float32", torch.float32, softcap=30.0)
 
 
 _CASES: dict[str, dict[str, Any]] = {
@@ -124,11 +130,11 @@ def _of_loss(function: Loss, metrics: bool, **options: Any) -> Mapping[str, Tens
     return {"loss": outputs.loss, "gradient": leaf.grad, **(outputs.metrics if metrics else {})}
 
 
-def _head(case: str, dtype: torch.dtype) -> Comparison:
-    slot = "FusedOutputLinear.forward"
-    made = installed("prime-rl") is not None
-    theirs = partial(_of_head, _their_module if made else _their_definition, dtype)
-    compared = Comparison(slot, case, theirs, partial(_of_head, _our_module, dtype))
+def _head(case: str, dtype: torch.dtype, softcap: float | None = None) -> Comparison:
+    slot = "FusedOutputLinear.forward" if softcap is None else "GemmaFusedOutputLinear.forward"
+    theirs = partial(head if installed("prime-rl") is None else _their_module, softcap=softcap)
+    ours = partial(_our_module, softcap=softcap)
+    compared = Comparison(slot, case, partial(_of_head, theirs, dtype), partial(_of_head, ours, dtype))
     if dtype is torch.bfloat16:
         return compared._replace(tolerance=2**-7, why="gradients are rounded to bf16 on the way, theirs per tile")
     return compared
@@ -149,19 +155,24 @@ def _of_head(function: Callable[..., Any], dtype: torch.dtype) -> Mapping[str, T
     }
 
 
-def _their_definition(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-    return head(hidden, weight, labels, temperature)
-
-
-def _their_module(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor) -> Any:
+def _their_module(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor, softcap: float | None
+) -> Mapping[str, Tensor]:
     from prime_rl.trainer.models.layers.lm_head import FusedOutputLinear
+    from prime_rl.trainer.models.layers.lm_head_gemma import GemmaFusedOutputLinear
 
-    module = FusedOutputLinear(H, V, chunk_size=64)
+    if softcap is None:
+        module = FusedOutputLinear(H, V, chunk_size=64)
+    else:
+        module = GemmaFusedOutputLinear(H, V, chunk_size=64, softcap=softcap)
     del module.weight
     module.weight = weight
-    return module(hidden, labels, temperature)
+    seen: Mapping[str, Tensor] = module(hidden, labels, temperature)
+    return seen
 
 
-def _our_module(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor) -> dict[str, Tensor]:
-    layer = SimpleNamespace(weight=weight, chunk_size=64)
+def _our_module(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor, softcap: float | None
+) -> Mapping[str, Tensor]:
+    layer = SimpleNamespace(weight=weight, chunk_size=64, softcap=softcap)
     return prime_rl.fused_output_linear(layer, hidden, labels, temperature)
