@@ -27,7 +27,8 @@ interpreted = pytest.mark.skipif(DEVICE.type != "cpu", reason="watches the inter
 
 CPU = torch.device("cpu")  # of the truth
 IGNORE = -100
-BOUNDS = {"ppo": (0.8, 1.2), "cispo": (0.8, 1.2), "dro": (0.1,), "sapo": (1.0, 1.05)}
+CLIP, REGION = (0.8, 1.2), (0.02, 0.02)
+BOUNDS = {"ppo": CLIP, "cispo": CLIP, "dro": (0.1,), "sapo": (1.0, 1.05), "dppo_tv": REGION, "dppo_kl": REGION}
 PLAIN = Terms()
 CLAMP = 1.5
 
@@ -180,8 +181,8 @@ class Case:
         old_logprobs = (logp - log_ratio).nan_to_num(-1.0)
         old_logprobs[4:6] = -200.0  # an infinite ratio in masked tokens
         advantages = torch.tensor([1.0, 1.0, -1.5, -1.0, -1.0, -1.0, 1.0]).repeat(2)[:n]
-        inputs = (old_logprobs, advantages)[: len(self.objective.inputs)]
-        self.inputs: tuple[Column, ...] = inputs
+        named = {"old_logprobs": old_logprobs, "advantages": advantages}
+        self.inputs: tuple[Column, ...] = tuple(named[name] for name in self.objective.inputs if name in named)
         if self.objective.bounds:
             self.inputs += BOUNDS[self.objective.name]
         ref_logprobs = logp.nan_to_num(-1.0, posinf=-1.0, neginf=-1.0) + 0.3 * torch.randn(n, generator=generator)
