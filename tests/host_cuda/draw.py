@@ -99,7 +99,7 @@ class Draw:
         self.targets = rng.integers(0, self.vocab, (n, k)).astype(rng.choice([np.int32, np.int64]))
         again = rng.random((n, k)) < 0.3
         self.targets[again] = np.broadcast_to(self.targets[:, :1], (n, k))[again]
-        self.softcap = 0.0 if self.plain else float(rng.choice([0.0, 0.0, 5.0, 30.0, 120.0]))
+        self.softcap = 0.0 if self.plain else float(rng.choice([0.0, 0.0, 5.0, 30.0, 300.0]))
         self.shares = None
         if k > 1 or (not self.plain and rng.random() < 0.2):
             self.shares = np.float32(rng.normal(0.5, 1, (n, k)) * (rng.random((n, k)) < 0.8))
@@ -154,6 +154,8 @@ class Draw:
         seen = (self.targets != IGNORE).any(1)
         self.reads = seen & (self.all_logprobs | (weights != 0))
         self.active = seen & (weights != 0)
+        if self.softcap > 100 and self.reads.any():  # a row of cheap levels whose exponents are beyond float32's
+            logits[self.reads.argmax()] += self.softcap / 2 * (1 if self.vocab % 2 == 0 else -1)
         logits[~self.reads] = np.nan
         with np.errstate(over="ignore"):
             self.bits = encode(logits, self.dtype)
