@@ -309,7 +309,8 @@ def _run(
 def _expecting(how: How, reduction: Reduction, logits: Tensor | Origin) -> How:
     """With ``upstream`` as a column."""
     upstream = checks.upstream(how.upstream, reduction.reduction, logits)
-    if how.validate:
+    here = isinstance(upstream, Tensor) and upstream.is_cpu and not checks.watched(upstream)
+    if how.validate or here:
         checks.values_in_range({"upstream": upstream})
     return how._replace(upstream=upstream)
 

@@ -266,7 +266,7 @@ def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> 
     if not value.is_floating_point():
         raise TypeError(f"upstream must be a number or a float tensor, got {value.dtype}")
     _same_device("upstream", value, logits.device)
-    return value.detach().to(torch.float32)
+    return value.detach().to(torch.float32, copy=True)  # a loss scale is changed where it is, before backward asks
 
 
 def of_sequence(ratio_level: str, sequences: Sequences) -> bool:
@@ -383,6 +383,8 @@ def values_in_range(columns: Mapping[str, Column | None]) -> None:
         good = value >= least if reached else value > least
         if key in FINITE:
             good = good & (value != math.inf)
+        if key in MOST:
+            good = good & (value <= MOST[key])
         if not good.all():
             raise ValueError(f"{key} must be {_at_least(key)}{' at every token' if value.dim() else ''}")
     low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
@@ -394,7 +396,8 @@ def values_in_range(columns: Mapping[str, Column | None]) -> None:
 
 def _at_least(name: str) -> str:
     least, reached = LEAST[name]
-    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in FINITE else ''}"
+    most = f" and at most {MOST[name]:g}" if name in MOST else ""
+    return f"{'at least' if reached else 'greater than'} {least:g}{' and finite' if name in FINITE else most}"
 
 
 def number(name: str, value: float, or_tensor: str = "") -> float:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .keywords import LOSSES, NEUTRAL, defaults
 from .objectives import OBJECTIVES, Objective, constant, linear, log_ratio
+from .once import once
 from .outputs import Call, Outputs
 from .problem import Column, PolicyTerms, Reduction, Sequences
 from .sequences import segment_expand, segment_mean, segment_sum
@@ -279,7 +279,7 @@ class WithDerivative(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (derivative,) = ctx.saved_tensors
         return torch.where(upstream == 0, 0.0, upstream * derivative), None, None

@@ -368,14 +368,13 @@ _TABLE = (
         "upstream",
         "Tensor | float",
         1.0,
-        """number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not 1: the
-        loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the gradient
-        for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over what was
-        expected, touches no memory where the two agree. The loss is the same. Default {upstream}.""",
+        """number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where that
+        is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes
+        the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
+        what was expected, touches no memory where the two agree. The loss is the same. Default {upstream}.""",
         group="How",
-        least=0.0,
-        reached=False,
-        finite=True,
+        least=2.0**-64,  # the loss is formed times it, in float32
+        most=2.0**64,
     ),
     Keyword(
         "backend",

@@ -145,10 +145,10 @@ def cross_entropy(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -282,10 +282,10 @@ def dft(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -452,10 +452,10 @@ def reinforce(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -645,10 +645,10 @@ def importance_sampling(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -863,10 +863,10 @@ def ppo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1075,10 +1075,10 @@ def cispo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1281,10 +1281,10 @@ def dro(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1509,10 +1509,10 @@ def sapo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1727,10 +1727,10 @@ def dppo_tv(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -1944,10 +1944,10 @@ def dppo_kl(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2183,10 +2183,10 @@ def gspo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2411,10 +2411,10 @@ def gmpo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2646,10 +2646,10 @@ def vespo(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On
@@ -2853,10 +2853,10 @@ def policy_loss(
         ignore_index: target of tokens to leave out. Default -100.
         inplace: write the gradient over ``logits``, which must not be a leaf, instead of into a new buffer.
         recompute: keep the logits and make the gradient in backward, which may then run more than once. One more read.
-        upstream: number > 0 or 0-d tensor: the upstream gradient that backward is expected to bring, where that is not
-            1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass then makes the
-            gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by what comes over
-            what was expected, touches no memory where the two agree. The loss is the same. Default 1.
+        upstream: number in [2^-64, 2^64] or 0-d tensor: the upstream gradient that backward is expected to bring, where
+            that is not 1: the loss is going to be multiplied by a loss scale or a number of processes. The one pass
+            then makes the gradient for it, rounded to the dtype of ``logits`` once, and backward, which multiplies by
+            what comes over what was expected, touches no memory where the two agree. The loss is the same. Default 1.
         backend: "auto", "cuda", "triton", "cpu" or "eager". auto takes cuda, else triton, for CUDA tensors; cpu, else
             eager, for CPU tensors. A named backend never falls back.
         validate: check the values of targets, per-token bounds and temperatures too; synchronises with the device. On

@@ -7,16 +7,14 @@ upstream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import checks
 from .backends.eager import BACKEND as EAGER
+from .once import once
 from .problem import Coefficients, Column, Problem, Stats, Targets, Transform
 from .terms import times
 
@@ -101,18 +99,6 @@ def wants_gradient(inputs: tuple[Tensor, ...]) -> bool:
     return torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in inputs]
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's once_differentiable, whose context costs as much as all else in a backward, only where somebody may
-    differentiate the gradient: autograd has grad mode on there."""
-    refusing = once_differentiable(backward)
-
-    @wraps(backward)
-    def chosen(ctx: Any, *upstream: Tensor | None) -> Any:
-        return (refusing if torch.is_grad_enabled() else backward)(ctx, *upstream)
-
-    return chosen
-
-
 class OnePass(torch.autograd.Function):
     """apply(source, problem, expected, *inputs) -> (loss, logprobs)"""
 
@@ -123,7 +109,10 @@ class OnePass(torch.autograd.Function):
             loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
         else:  # loss and gradient have one divisor
             divisor = EAGER.normaliser(problem) if problem.denominator is None else problem.denominator
-            problem = problem._replace(denominator=_as_float32(divisor / expected))
+            divisor = divisor / expected
+            if isinstance(divisor, Tensor) and inputs[0].dtype is not torch.float64:
+                divisor = divisor.float()
+            problem = problem._replace(denominator=divisor)
             loss, logprobs, gradients = source.loss_and_grad(inputs, problem)
             loss = loss / expected
         # Attributes, not save_for_backward: they have to be gone after the first backward, retain_graph or not, as
@@ -135,7 +124,7 @@ class OnePass(torch.autograd.Function):
         return loss, logprobs
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         gradients = ctx.gradients
         if gradients is None:
@@ -172,7 +161,7 @@ class RowByRow(torch.autograd.Function):
         return losses, logprobs
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         others = (None for _ in range(ctx.others))
         if upstream is None:
@@ -194,7 +183,7 @@ class TwoPhase(torch.autograd.Function):
         return seen.loss, seen.logprobs
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, *(None for _ in range(ctx.inputs))
@@ -218,7 +207,7 @@ class Observed(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         upstream = upstream[:2]
         if all(one is None for one in upstream):
@@ -276,10 +265,6 @@ def _kept(ctx: Any) -> _Kept:
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int] | None:
     # a graph that is being traced has its own order of what modifies a tensor
     return None if torch.compiler.is_compiling() else [t._version for t in tensors if t is not None]
-
-
-def _as_float32(column: Column) -> Column:
-    return column.float() if isinstance(column, Tensor) else column
 
 
 def _upstream(upstream: Tensor, beside: Tensor) -> Tensor:

@@ -297,3 +297,19 @@ def test_command_line():
     assert done.returncode == 0, done.stdout + done.stderr
     tested = [b["self_test"] for d in json.loads(done.stdout)["devices"] for b in d["backends"].values() if b["usable"]]
     assert tested and all(max(test["error_over_allowed"].values()) > 0 for test in tested)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
+def test_no_second_derivative_passes_for_a_constant(options):
+    """Nor where another summand of the loss has one, and the upstream gradient so no graph."""
+    logits, targets = torch.randn(3, 9, requires_grad=True), torch.zeros(3).long()
+    loss = fused_losses.cross_entropy(logits, targets, **options).sum() + (logits**3).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_no_second_derivative_of_a_penalty_on_logprobs():
+    logprobs = (torch.rand(3) - 2).requires_grad_()
+    loss = fused_losses.on_logprobs.ppo(logprobs, -0.5, 1.0, kl_coef=1.0, ref_logprobs=-1.0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logprobs, create_graph=True)

@@ -680,9 +680,8 @@ def test_double_backward_raises(host, mode, frozen):
     given = given_of("ppo", torch.device("cpu")).having(**MODES[mode])
     leaves = leaves_of(given, ("hidden",) if frozen else NAMES)
     loss = loss_of(given, LinearHead(*leaves), host).sum()
-    (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.square().sum(), leaves[0])
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, leaves[:1], create_graph=True)
 
 
 @pytest.mark.parametrize("which", NAMES)

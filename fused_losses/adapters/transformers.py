@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import losses
+from .. import checks, losses
 from ..linear_head import LinearHead
 
 # options of torch's cross entropy, which transformers' ForCausalLMLoss takes among its **kwargs and does not look at
@@ -96,7 +96,13 @@ def causal_lm_loss(
 
 
 def compute_loss_func(
-    outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None, **options: Any
+    outputs: Any,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | float | None = None,
+    *,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    upstream: Tensor | float = 1.0,
 ) -> Tensor:
     """:func:`causal_lm_loss` of a model's outputs, for ``Trainer(compute_loss_func=compute_loss_func)``.
 
@@ -105,18 +111,28 @@ def compute_loss_func(
     Args:
         outputs: of a causal language model, as a mapping with "logits" or as a tuple whose first they are.
         labels: (..., T), not shifted.
-        options: ``ignore_index``, ``shift_labels`` and ``upstream`` of :func:`causal_lm_loss`.
+        ignore_index, shift_labels, upstream: as of :func:`causal_lm_loss`.
 
     Raises:
         ValueError: the outputs have the loss of a router, which would be left out: let the model have the labels, with
             ``model.loss_function = causal_lm_loss``.
     """
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(logits, Tensor):
+        raise ValueError("outputs must have logits; a model with the head installed makes none where it has labels")
     if isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
         raise ValueError(
             "outputs.aux_loss, a router's loss, is not part of compute_loss_func: set model.loss_function instead"
         )
-    return causal_lm_loss(logits, labels, logits.shape[-1], num_items_in_batch, **options)
+    return causal_lm_loss(
+        logits,
+        labels,
+        logits.shape[-1],
+        num_items_in_batch,
+        ignore_index,
+        shift_labels,
+        upstream=upstream,
+    )
 
 
 def _denominator(count: Tensor | float | None, device: torch.device) -> Tensor | float | None:
@@ -163,6 +179,8 @@ def install(
         RuntimeError: transformers' own loss has been replaced by somebody else's.
     """
     name = type(model).__name__
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a model of transformers, got {name}")
     if not callable(getattr(model, "get_output_embeddings", None)) or hasattr(model, "get_base_model"):
         unwrapped = "model.get_base_model()" if hasattr(model, "get_base_model") else "the model of transformers in it"
         raise TypeError(f"model must be a causal language model of transformers, got {name}: give {unwrapped}")
@@ -171,6 +189,10 @@ def install(
     # accelerate leaves the innermost function of the class where it has taken its wrapping off
     if there not in _FORWARDS and there not in (own, inspect.unwrap(own)):
         raise ValueError(f"{name}: the forward of this model is somebody else's: install before it is wrapped")
+    if not isinstance(evaluation, bool):
+        raise TypeError(f"evaluation must be True or False, got {type(evaluation).__name__}")
+    if not isinstance(upstream, Tensor):
+        checks.number("upstream", upstream, " or a tensor")
     options = {
         "chunk_bytes": chunk_bytes,
         "weight_grad_dtype": weight_grad_dtype,
@@ -216,6 +238,10 @@ def _layers(forward: Any) -> Iterator[Any]:
         forward = getattr(forward, "__wrapped__", None)
 
 
+def _is_one(upstream: Tensor | float) -> bool:
+    return not isinstance(upstream, Tensor) and upstream == 1.0
+
+
 class Fused(NamedTuple):
     """What is installed in a model."""
 
@@ -242,15 +268,19 @@ class Fused(NamedTuple):
     def loss_function(self, model: Any) -> Callable[..., Tensor]:
         """What takes the place of the model's, which must be transformers' or :func:`causal_lm_loss`."""
         own = model.loss_function
-        function = own.func if isinstance(own, functools.partial) else own
-        if function is causal_lm_loss:
-            return own  # type: ignore[no-any-return]
-        if function is not self.stock:
+        bound = own if isinstance(own, functools.partial) else functools.partial(own)
+        function, upstream = bound.func, bound.keywords.get("upstream", self.upstream)
+        if upstream is not self.upstream and not _is_one(self.upstream):
+            raise ValueError(
+                f"{type(model).__name__}.loss_function has an upstream of its own, {upstream}: give it there or to "
+                f"install, got {self.upstream} here"
+            )
+        if function is not causal_lm_loss and function is not self.stock:
             raise ValueError(
                 f"{type(model).__name__}.loss_function must be transformers' ForCausalLMLoss or causal_lm_loss, which "
                 f"are computed from the head, got {function!r}"
             )
-        return functools.partial(causal_lm_loss, upstream=self.upstream)
+        return functools.partial(causal_lm_loss, *bound.args, **{**bound.keywords, "upstream": upstream})
 
     def around(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of a class, during which the model's head and loss function are ours."""

@@ -533,3 +533,44 @@ def test_it_imports_where_transformers_is_not():
         "from fused_losses.adapters import transformers as t; assert t.install and t.causal_lm_loss"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_bound_stock_loss_keeps_what_is_bound(llama):
+    """What a partial of transformers' own loss says holds for the head, too; and an upstream is said once."""
+    model, labels = llama, torch.randint(V, (2, 8))
+    model.loss_function = functools.partial(ForCausalLMLoss, num_items_in_batch=3)
+    wanted = model(input_ids=labels, labels=labels).loss
+    ours.install(model)
+    torch.testing.assert_close(model(input_ids=labels, labels=labels).loss, wanted)
+    ours.remove(model)
+    model.loss_function = functools.partial(ours.causal_lm_loss, upstream=2.0)
+    with pytest.raises(ValueError, match=r"loss_function has an upstream of its own, 2\.0"):
+        ours.install(model, upstream=8.0)
+
+
+def test_upstream_of_install_reaches_our_own_loss(llama):
+    model = llama
+    model.loss_function = ours.causal_lm_loss
+    ours.install(model, upstream=8.0)
+    fused = ours.Fused("lm_head", False, 8.0, {}, None)
+    assert fused.loss_function(model).keywords["upstream"] == 8.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"evaluation": "no"}, "evaluation must be True or False, got str"),
+        ({"upstream": "x"}, "upstream must be a number or a tensor, got str"),
+        ({"upstream": 0}, "upstream must be at least"),
+    ],
+)
+def test_options_are_checked_at_install(llama, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ours.install(llama, **options)
+
+
+def test_a_misspelt_option_of_compute_loss_func():
+    with pytest.raises(TypeError, match="upstreem"):
+        ours.compute_loss_func({"logits": torch.randn(1, 3, 5)}, torch.zeros(1, 3).long(), upstreem=2.0)
+    with pytest.raises(ValueError, match="outputs must have logits"):
+        ours.compute_loss_func({"loss": 1.0}, torch.zeros(1, 3).long())
