@@ -193,6 +193,7 @@ def main() -> None:
     print(table(records))
     if chosen.out:
         path = chosen.out / file_name(records[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as out:
             out.writelines(json.dumps(r) + "\n" for r in records)
 
