@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def entropy_weights(logits: Tensor | LinearHead, *, alpha: float = 1.0, top_k: i
     Args:
         logits: (..., V) float32, bfloat16 or float16; or a :class:`LinearHead` that is not sharded, whose logits are
             made a chunk at a time.
-        alpha: number >= 0. 0 makes every weight 1.
+        alpha: number >= 0 and finite. 0 makes every weight 1, also of a row that holds NaN.
         top_k: int >= 1; all V tokens where there are no more.
 
     Returns:
@@ -38,8 +40,8 @@ def entropy_weights(logits: Tensor | LinearHead, *, alpha: float = 1.0, top_k: i
         TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it.
     """
     alpha = checks.number("alpha", alpha)
-    if not alpha >= 0:
-        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be at least 0 and finite, got {alpha}")
     if checks.index("top_k", top_k) < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if not isinstance(logits, LinearHead):
@@ -59,6 +61,6 @@ def entropy_weights(logits: Tensor | LinearHead, *, alpha: float = 1.0, top_k: i
 
 
 def _entropy(logits: Tensor, top_k: int) -> Tensor:
-    largest = logits.topk(min(top_k, logits.shape[-1]), -1).values.float()
-    entropy: Tensor = torch.special.entr(largest.softmax(-1)).sum(-1)
-    return entropy
+    # of a sure token most of it is in 1 - p, which float32 loses
+    largest = logits.topk(min(top_k, logits.shape[-1]), -1).values.double()
+    return torch.special.entr(largest.softmax(-1)).sum(-1).float()

@@ -51,7 +51,7 @@ def truncated_importance_weights(
 
     Returns:
         float32 in the shape of ``logprobs``, a constant. Exactly 0 where ``mask`` is, whatever the logprobs are; NaN
-        where one of an active token (or of its sequence) is NaN.
+        where one of an active token (or of its sequence) is NaN, or both are -inf.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
@@ -93,7 +93,7 @@ def masked_importance_weights(
 
     Returns:
         float32 in the shape of ``logprobs``, a constant. Exactly 0 where ``mask`` is, whatever the logprobs are; NaN
-        where one of an active token (or of its sequence) is NaN.
+        where one of an active token (or of its sequence) is NaN, or both are -inf.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.
@@ -143,7 +143,7 @@ def gated_importance_weights(
 
     Returns:
         float32 in the shape of ``logprobs``, a constant. Exactly 0 where ``mask`` is, whatever the logprobs are; NaN
-        where one of an active token (or of its sequence) is NaN.
+        where one of an active token (or of its sequence) is NaN, or both are -inf.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message names it.

@@ -80,7 +80,8 @@ def test_hazards():
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     (
-        ({"alpha": -1.0}, ValueError, "alpha must be at least 0, got -1"),
+        ({"alpha": -1.0}, ValueError, "alpha must be at least 0 and finite, got -1"),
+        ({"alpha": float("inf")}, ValueError, "alpha must be at least 0 and finite, got inf"),
         ({"alpha": None}, TypeError, "alpha must be a number, got NoneType"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"top_k": 2.5}, TypeError, "top_k must be an integer, got float"),
@@ -92,3 +93,11 @@ def test_hazards():
 def test_errors(keywords, error, message):
     with pytest.raises(error, match=message):
         entropy_weights(**{"logits": torch.zeros(3, 4)} | keywords)
+
+
+@pytest.mark.parametrize("lead", [1.0, 18.0, 40.0])
+def test_sure_tokens_keep_their_digits(lead):
+    logits = torch.tensor([lead, 0.0, 0.0])
+    rest = 2 * math.exp(-lead) / (1 + 2 * math.exp(-lead))  # 1 - p
+    entropy = -(1 - rest) * math.log1p(-rest) - rest * math.log(rest / 2)
+    assert entropy_weights(logits).item() == pytest.approx(entropy, rel=1e-6)
