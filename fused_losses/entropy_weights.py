@@ -63,4 +63,5 @@ def entropy_weights(logits: Tensor | LinearHead, *, alpha: float = 1.0, top_k: i
 def _entropy(logits: Tensor, top_k: int) -> Tensor:
     # of a sure token most of it is in 1 - p, which float32 loses
     largest = logits.topk(min(top_k, logits.shape[-1]), -1).values.double()
-    return torch.special.entr(largest.softmax(-1)).sum(-1).float()
+    entropy: Tensor = torch.special.entr(largest.softmax(-1)).sum(-1).float()
+    return entropy

@@ -130,7 +130,7 @@ def with_loss(model: Any) -> None:
 
 
 def comparisons() -> Iterator[Comparison]:
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
     for case, dtype, count, shifted in (
         ("mean, fp32", torch.float32, None, False),
         ("num_items_in_batch, fp32", torch.float32, torch.tensor(50), False),
