@@ -123,9 +123,7 @@ FL_HD Loss in_trust_region(float divergence, float logp, const float* in) {
     return linear(-(ratio > cap ? cap : ratio) * advantage, logp);  // a NaN ratio stays NaN
 }
 
-FL_HD Loss dppo_tv(float logp, const float* in) {
-    return in_trust_region(fabsf(expf(logp) - expf(in[0])), logp, in);
-}
+FL_HD Loss dppo_tv(float logp, const float* in) { return in_trust_region(fabsf(expf(logp) - expf(in[0])), logp, in); }
 
 // 1 - exp(logp), at least 0, with all its digits.
 FL_HD float others_of(float logp) { return fmaxf(-expm1f(logp), 0.f); }
