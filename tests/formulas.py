@@ -57,8 +57,9 @@ def objective(
         p, before = torch.exp(x), torch.exp(bound(q, x))
         far = (p - before).abs()
         if name == "dppo_kl":
-            others = (1 - before + 1e-8) / (1 - p + 1e-8)
-            far = before * (q - x) + (1 - before) * torch.log(others)
+            # a logprob above 0 is none: what is drawn may be, and leaves the others nothing
+            others, others_before = ((1 - share).clamp(min=0) for share in (p, before))
+            far = before * (q - x) + others_before * torch.log((others_before + 1e-8) / (others + 1e-8))
         beyond = ((a > 0) & (p > before) & (far > divergence_high)) | ((a < 0) & (p < before) & (far > divergence_low))
         weight = r if ratio_cap is None else torch.minimum(r, bound(ratio_cap, r))
         return -torch.where(beyond, 0.0, weight).detach() * x * a
