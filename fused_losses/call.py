@@ -459,17 +459,8 @@ def _composed(
         logits.overwritten()
     if how.inplace and stages.wants_gradient(_made_of(logits)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
-    checked: dict[str, Column | None] = {
-        **columns,
-        "temperature": transform.temperature,
-        "weights": reduction.weights,
-        "log_ratio_clamp": terms.log_ratio_clamp,
-        "importance_weights": terms.importance_weights,
-        "entropy_coef": terms.entropy_coef,
-        "ref_logprobs": terms.ref_logprobs,
-        "kl_coef": terms.kl_coef,
-    }
-    checks.columns(checked, logits, how.validate)
+    given = {**composition.of_tokens(columns, terms, reduction), "temperature": transform.temperature}
+    checks.columns(given, logits, how.validate)
     if how.validate:
         checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
     _expecting(how, reduction, logits)  # which any upstream gradient is fine for

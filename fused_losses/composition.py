@@ -193,6 +193,19 @@ def named(objective: str | Objective | Callable[..., Tensor], inputs: tuple[Any,
 # ---- The composition ----
 
 
+def of_tokens(columns: Columns, terms: PolicyTerms, reduction: Reduction) -> dict[str, Column | None]:
+    """All that a call gives per token, by name."""
+    return {
+        **columns,
+        "weights": reduction.weights,
+        "log_ratio_clamp": terms.log_ratio_clamp,
+        "importance_weights": terms.importance_weights,
+        "entropy_coef": terms.entropy_coef,
+        "ref_logprobs": terms.ref_logprobs,
+        "kl_coef": terms.kl_coef,
+    }
+
+
 def composed(
     read: Read,
     objective: PerToken,

@@ -3,7 +3,7 @@ call these, one each; those of call.py do the same for who has logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from . import checks, composition
 from .composition import Columns, PerToken
 from .objectives import OBJECTIVES, Objective
 from .outputs import Outputs
-from .problem import Column, How, PolicyTerms, Reduction, Sequences
+from .problem import How, PolicyTerms, Reduction, Sequences
 from .sequences import active_tokens
 from .terms import asked
 
@@ -110,17 +110,8 @@ def _composed(
         entropy = _entropy(entropy, logp)
     elif asked(terms).entropy:
         raise ValueError("entropy_coef needs entropy, that of each token's distribution; got None")
-    checked: Mapping[str, Column | None] = {
-        **columns,
-        "weights": reduction.weights,
-        "log_ratio_clamp": terms.log_ratio_clamp,
-        "importance_weights": terms.importance_weights,
-        "entropy_coef": terms.entropy_coef,
-        "ref_logprobs": terms.ref_logprobs,
-        "kl_coef": terms.kl_coef,
-    }
     rows = logp.unsqueeze(-1)
-    checks.columns(checked, rows, how.validate, "logprobs")
+    checks.columns(composition.of_tokens(columns, terms, reduction), rows, how.validate, "logprobs")
     checks.denominator(reduction.denominator, reduction.reduction, rows)
     if sequences.sequence_ratio_mask is not None:
         mask = active_tokens(sequences.sequence_ratio_mask, logp, "sequence_ratio_mask")
