@@ -120,7 +120,7 @@ BUGS = {
     "first vector left out": ("cuda/two_sweeps.cuh", "v >= 0; v -= step", "v > 0; v -= step"),
     "head peeled to 8 bytes": ("cuda/two_sweeps.cuh", "% 16 / sizeof(T)", "% 8 / sizeof(T)"),
     "phases taken for equal": ("cuda/two_sweeps.cuh", "skewed ? load_skewed(p, skew)", "false ? load_skewed(p, skew)"),
-    "skewed loads beyond the row": ("cuda/two_sweeps.cuh", "if (skew) span.shrink();", ""),
+    "skewed loads beyond the row": ("cuda/two_sweeps.cuh", "if (skew) shrunk.shrink();", ""),
     "sum not rescaled": (
         "cuda/sums.cuh",
         "void rescale(float, float factor) { sum *= factor; }",
@@ -130,7 +130,22 @@ BUGS = {
     "int32 row offset": ("cuda/row.cuh", "+ rows.offset(row)", "+ static_cast<int>(rows.offset(row))"),
     "int32 target": ("cuda/row.cuh", "const int64_t target = targets", "const int32_t target = targets"),
     "target not checked": ("cuda/row.cuh", "0 <= target && target < vocab ?", "0 <= target ?"),
-    "target by the wrong thread": ("cuda/two_sweeps.cuh", "body / kWidth<T> %", "j / kWidth<T> %"),
+    "target by the wrong thread": ("cuda/two_sweeps.cuh", "(vector + before) % blockDim.x", "vector % blockDim.x"),
+    "target's vector from the row's beginning": (
+        "cuda/two_sweeps.cuh",
+        "const int vector = (j - this->head) / kWidth<T>;",
+        "const int vector = j / kWidth<T>;",
+    ),
+    "stores by the order of the sums": (
+        "cuda/two_sweeps.cuh",
+        "before(in_line(row + span.head)) {}",
+        "before(0) {}",
+    ),
+    "the first vectors left out": (
+        "cuda/two_sweeps.cuh",
+        "return vector < 0 ? vector + static_cast<int>(blockDim.x) : vector;",
+        "return vector < 0 ? vector + 2 * static_cast<int>(blockDim.x) : vector;",
+    ),
     "target element left as the others": ("cuda/plain_row.cuh", "if (element >= 0 && static", "if (false && static"),
     "target's logit after its gradient": (
         "cuda/kernels.cuh",
@@ -138,7 +153,7 @@ BUGS = {
         "grad, map_row(logits, grad, vocab, row.template dense<Distance>()), row.left_out);\n"
         "        row.finish(",
         "        {\n"
-        "            const Span<T> span = map_row(logits, grad, vocab, row.template dense<Distance>());\n"
+        "            const Written<T> span = map_row(logits, grad, vocab, row.template dense<Distance>());\n"
         "            row.read_targets(logits, p.logprobs.data);\n"
         "            if (reads) row.evaluate(problem, problem.denominator.at(0), shared, turn);\n"
         "            row.write_targets(grad, span, row.left_out);\n"
@@ -386,8 +401,8 @@ BUGS = {
     "no group closed in sweep 1": ("cuda/on_chip.cuh", "[] { commit_copies(); }", "[] {}"),
     "a chunk's group left open": (
         "cuda/on_chip.cuh",
-        "+ c * coming.step + u * kWarp);\n                }\n                commit_copies();",
-        "+ c * coming.step + u * kWarp);\n                }",
+        "        const auto go_on = [&] {\n            commit_copies();\n",
+        "        const auto go_on = [&] {\n",
     ),
     "copied to before it is read": (
         "cuda/on_chip.cuh",
@@ -410,11 +425,15 @@ BUGS = {
         "reinterpret_cast<uint4*>(&shared + 1)",
         "reinterpret_cast<uint4*>(&shared)",
     ),
-    "another thread's slots": ("cuda/on_chip.cuh", "+ in_line) % kWarp;", "+ in_line) % (kWarp / 2);"),
+    "another thread's slots": (
+        "cuda/on_chip.cuh",
+        "in_line(row + share.head)) % kWarp;",
+        "in_line(row + share.head)) % (kWarp / 2);",
+    ),
     "another warp's slots": (
         "cuda/on_chip.cuh",
-        "(threadIdx.x + in_line) % kWarp;",
-        "threadIdx.x % kWarp + in_line;",
+        "(threadIdx.x + in_line(row + share.head)) % kWarp;",
+        "threadIdx.x % kWarp + in_line(row + share.head);",
     ),
     "announced, and there is no row": ("cuda/on_chip.cuh", "16 * min_of(vectors, span.vectors)", "16 * vectors"),
     "announced beyond the row": (
@@ -423,7 +442,11 @@ BUGS = {
         "16 * (span.vectors > 0 ? vectors : 0)",
     ),
     # on chip: slots in the phase of what is copied into them
-    "slots not turned": ("cuda/on_chip.cuh", "(threadIdx.x + in_line) % kWarp;", "threadIdx.x % kWarp;"),
+    "slots not turned": (
+        "cuda/on_chip.cuh",
+        "(threadIdx.x + in_line(row + share.head)) % kWarp;",
+        "threadIdx.x % kWarp;",
+    ),
     "slots not turned when they are filled": (
         "cuda/on_chip.cuh",
         "slots = slots_of(row, share);\n        for (int c",
@@ -436,28 +459,57 @@ BUGS = {
     ),
     "slots not turned when they are mapped": (
         "cuda/on_chip.cuh",
-        "slots = slots_of(in, share);",
-        "slots = slots_ + threadIdx.x % kWarp;",
+        "(lane - lines + in_line(in + share.head)) &",
+        "(lane - lines) &",
     ),
     "slots not turned when they are filled again": (
         "cuda/on_chip.cuh",
         "next_slots = slots_of(next, coming);",
         "next_slots = slots_ + threadIdx.x % kWarp;",
     ),
-    "slots mapped in the next row's phase": (
+    "slots mapped by where the row begins": (
         "cuda/on_chip.cuh",
-        "slots = slots_of(in, share);",
-        "slots = slots_of(next, coming);",
+        "(lane - lines + in_line(in + share.head)) &",
+        "(lane - lines + in_line(in)) &",
     ),
     "slots filled in this row's phase": (
         "cuda/on_chip.cuh",
-        "next_slots = slots_of(next, coming);",
-        "next_slots = slots_of(in, share);",
+        "uint4* next_slots = slots_of(next, coming);",
+        "uint4* next_slots = slots_of(in, share);",
     ),
     "slots mapped in the gradient's phase": (
         "cuda/on_chip.cuh",
-        "slots = slots_of(in, share);",
-        "slots = slots_of(out, share);",
+        "(lane - lines + in_line(in + share.head)) &",
+        "lane &",
+    ),
+    # on chip: stores of whole lines
+    "turned by the logits' lines": (
+        "cuda/on_chip.cuh",
+        "lines = in_line(out + share.head);",
+        "lines = in_line(in + share.head);",
+    ),
+    "stores by the order of the sums on chip": (
+        "cuda/on_chip.cuh",
+        "lines = in_line(out + share.head);",
+        "lines = 0;",
+    ),
+    "no lane behind": ("cuda/on_chip.cuh", "behind = lane < lines;", "behind = false;"),
+    "one lane too many behind": ("cuda/on_chip.cuh", "behind = lane < lines;", "behind = lane <= lines;"),
+    "lanes behind with their slots": ("cuda/on_chip.cuh", "behind ? slot - kWarp : slot", "slot"),
+    "the last vectors of another piece": (
+        "cuda/on_chip.cuh",
+        "behind ? Share<T>::kPiece : 0,",
+        "behind ? share.step : 0,",
+    ),
+    "a turned chunk's end by the sums'": (
+        "cuda/on_chip.cuh",
+        "return chunk * share.step + first + at(u) < share.vectors;",
+        "return share.has(chunk, u);",
+    ),
+    "target's element by who has summed it": (
+        "cuda/kernels.cuh",
+        "Owner{now.left_out_here.writer}",
+        "Owner{now.left_out_here.owner}",
     ),
     "filled while the warp still maps": (
         "cuda/on_chip.cuh",
@@ -520,7 +572,7 @@ BUGS = {
         "            if (true) add_to(",
     ),
     "target's logit from its neighbour": ("cuda/on_chip.cuh", "found = x[i];", "found = x[i ^ 1];"),
-    "target by another warp": ("cuda/on_chip.cuh", "/ Share<T>::kPiece * kWarp + v % kWarp};", "% kWarp};"),
+    "target by another warp": ("cuda/on_chip.cuh", "warp + v % kWarp,", "v % kWarp,"),
     "the target's place left as it was": ("cuda/on_chip.cuh", "place_in_it(), lowest<T>())", "place_in_it(), T{})"),
     "another element's place taken": (
         "cuda/on_chip.cuh",
@@ -722,8 +774,8 @@ BUGS = {
     "a block's first element not its own": ("cuda/team.cuh", "return first <= j &&", "return first < j &&"),
     "the row's element taken for the part's": (
         "cuda/kernels.cuh",
-        "part.index_of(row.left_out));",
-        "row.left_out);",
+        "part.index_of(row.left_out), to.grad);",
+        "row.left_out, to.grad);",
     ),
     "both halves at the row's beginning": ("cuda/kernels.cuh", "rows.offset(i)) + part.first;", "rows.offset(i));"),
     "a whole row copied": ("cuda/kernels.cuh", "Span<T>(to.logits, part.size);", "Span<T>(to.logits, vocab);"),

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
                 to.logits = row_of(p.logits, i);
                 to.span = Span<T>(to.logits, part.size);
             }
-            to.left_out_here = chip.place_of(to.span, part.index_of(row.left_out));
+            to.left_out_here = chip.place_of(to.span, part.index_of(row.left_out), to.grad);
         }
         chip.announce(to.logits, to.span, params.announced);
         if (first_lane) shared.prepared[slot] = to;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         } else if (from_slots) {
             chip.template map<decltype(row.z)>(logits, grad, now.span, next, coming.span, row.template dense<Folded>(),
                                                row.template dense<Folded, true>(), costly);
-            row.write_targets(grad, Owner{now.left_out_here.owner}, now.left_out_here.element);
+            row.write_targets(grad, Owner{now.left_out_here.writer}, now.left_out_here.element);
         } else {
             row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()),
                               now.left_out_here.element);

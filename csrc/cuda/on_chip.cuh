@@ -6,9 +6,9 @@
 //     sweep 2    copies the next row into each slot that it has emptied
 //
 // so that memory always has something to do: stores and loads of neighbouring rows, with one barrier per row, that of
-// the reduction. A slot belongs to one warp, and for a row to one thread, which alone fills it and reads it: program
-// order, wait_copies, and a __syncwarp before a lane fills what another has read are all the order there has to be.
-// Nothing waits in a loop.
+// the reduction. A slot belongs to one warp. In sweep 1 the thread that has filled it reads it; in sweep 2, behind the
+// barrier, the one whose store then covers whole lines. Program order, wait_copies, that barrier, and a __syncwarp
+// before a lane fills what another has read are all the order there has to be. Nothing waits in a loop.
 //
 //     chunk      kSlots * blockDim.x neighbouring vectors, kSlots * 32 of them of one warp, every 32nd of one thread
 //     group      the copies of a chunk, which arrive together. A row has kGroups, whatever its length, the last ones
@@ -155,9 +155,9 @@ struct Share : Span<T> {
     }
 };
 
-// Where an element of a row is: its vector, -1 at an edge, and its thread.
+// Where an element of a row is: its vector, -1 at an edge, and its threads, in sweep 1 and in sweep 2.
 struct Place {
-    int element, vector, owner;
+    int element, vector, owner, writer;
 };
 
 template <class T>
@@ -187,12 +187,16 @@ class OnChip {
         prefetch(row + span.head, 16 * min_of(vectors, span.vectors));
     }
 
-    // Of element j of a row; none: -1.
-    __device__ __forceinline__ Place place_of(const Span<T>& span, int j) const {
-        if (j < 0) return {-1, -1, -1};
+    // Of element j of a row whose gradient is `out`; none: -1.
+    __device__ __forceinline__ Place place_of(const Span<T>& span, int j, const T* out) const {
+        if (j < 0) return {-1, -1, -1, -1};
         const int v = span.vector_of(j);
-        if (v < 0) return {j, v, j < span.head ? j : j - span.vectors * kWidth<T>};
-        return {j, v, (v & ((1 << log_step_) - 1)) / Share<T>::kPiece * kWarp + v % kWarp};
+        if (v < 0) {
+            const int edge = j < span.head ? j : j - span.vectors * kWidth<T>;
+            return {j, v, edge, edge};
+        }
+        const int warp = (v & ((1 << log_step_) - 1)) / Share<T>::kPiece * kWarp;
+        return {j, v, warp + v % kWarp, warp + (v + in_line(out + span.head)) % kWarp};
     }
 
     // This thread's share of the row that was fetched last, without the element left_out, or all of it where there is
@@ -295,48 +299,57 @@ class OnChip {
             assign(out[edge], f(to_float(in[edge])));
         }
         const Share<T> coming = share_of(next_span);
-        uint4* const to = const_cast<uint4*>(vectors_of(out, share));
+        const Turned mine = turned(in, out, share);
+        uint4* const to = reinterpret_cast<uint4*>(out + share.head) + mine.first;
+        uint4* chunk = to + static_cast<int64_t>(share.some) * share.step;
+        const auto write = [&](int u, const uint4& v) { store_streaming(chunk + mine.at(u), v); };
+        const auto all = [](int) { return true; };
         // Backwards, and before what is on chip: what was read last L2 still has.
-        const uint4* const rest = vectors_of(in, share);
+        const uint4* rest = reinterpret_cast<const uint4*>(in + share.head) + mine.first + (chunk - to);
         for (int c = share.some - 1; c >= chunks_; --c) {
-            const auto all = [](int) { return true; };
-            const auto inside = [&](int u) { return share.has(c, u); };
-            const auto read = [&](int u) { return load_last(rest + c * share.step + u * kWarp); };
+            chunk -= share.step;
+            rest -= share.step;
+            const auto read = [&](int u) { return load_last(rest + mine.at(u)); };
             if (c < share.whole && is_cheap(c))
-                map_chunk(read, to + c * share.step, cheap, all);
+                map_chunk(read, write, cheap, all);
             else
-                map_end<Z>(read, to + c * share.step, f, inside);
+                map_end<Z>(read, write, f, [&](int u) { return mine.has(share, c, u); });
         }
-        const uint4* const from = vectors_of(next, coming);
-        const uint4* const slots = slots_of(in, share);
-        uint4* const next_slots = slots_of(next, coming);
+        chunk = to;
+        const uint4* from = vectors_of(next, coming);
+        const uint4* slots = slots_ + mine.slot;
+        uint4* next_slots = slots_of(next, coming);
+        const auto read = [&](int u) { return read_slot(slots + mine.at(u)); };
+        const auto go_on = [&] {
+            commit_copies();
+            chunk += share.step;
+            from += share.step;
+            slots += share.step;
+            next_slots += share.step;
+        };
         const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
         for (int c = 0; c < chunks_; ++c) {
             for (; c < whole && is_cheap(c); ++c) {
-                map_slots(slots, c, to + c * share.step, cheap, [](int) { return true; });
+                map_chunk(read, write, cheap, all);
                 if (next) {
                     __syncwarp();
 #pragma unroll
-                    for (int u = 0; u < kSlots; ++u)
-                        copy_async(next_slots + place(c, u), from + c * coming.step + u * kWarp);
+                    for (int u = 0; u < kSlots; ++u) copy_async(next_slots + u * kWarp, from + u * kWarp);
                 }
-                commit_copies();
+                go_on();
             }
             if (c == chunks_) break;
-            map_end<Z>([&](int u) { return read_slot(slots + place(c, u)); }, to + c * share.step, f,
-                       [&](int u) { return share.has(c, u); });
+            map_end<Z>(read, write, f, [&](int u) { return mine.has(share, c, u); });
             __syncwarp();
 #pragma unroll 1
             for (int u = 0; u < kSlots; ++u)
-                if (coming.has(c, u)) copy_async(next_slots + place(c, u), from + c * coming.step + u * kWarp);
-            commit_copies();
+                if (coming.has(c, u)) copy_async(next_slots + u * kWarp, from + u * kWarp);
+            go_on();
         }
         fill_groups();
     }
 
   private:
-    static constexpr int kLine = 8;  // vectors, 128 bytes
-
     static constexpr int kBits = 32;  // chunks beyond are few, and taken for costly
 
     static __device__ __forceinline__ int min_of(int a, int b) { return a < b ? a : b; }
@@ -349,8 +362,27 @@ class OnChip {
     // This thread's first slot for a row. Lanes are turned so that slots have the row's phase modulo 128 bytes: a copy
     // between two phases costs twice the requests.
     __device__ __forceinline__ uint4* slots_of(const T* row, const Share<T>& share) const {
-        const unsigned in_line = reinterpret_cast<uintptr_t>(row + share.head) / sizeof(uint4) % kLine;
-        return slots_ + (threadIdx.x + in_line) % kWarp;
+        return slots_ + (threadIdx.x + in_line(row + share.head)) % kWarp;
+    }
+
+    // As Written, of a chunk's vectors: the first lanes of a warp are one turn behind the others, and begin with the
+    // last vectors of its piece instead. Three stores of four are then of four whole lines, and not of three and two
+    // parts.
+    struct Turned {
+        int first;  // this thread's vector in the first chunk, but for
+        int last;   // what is added in its first turn
+        int slot;   // of `first`, among the warp's
+
+        __device__ __forceinline__ int at(int u) const { return u == 0 ? last : u * kWarp; }
+        __device__ __forceinline__ bool has(const Share<T>& share, int chunk, int u) const {
+            return chunk * share.step + first + at(u) < share.vectors;
+        }
+    };
+    __device__ __forceinline__ Turned turned(const T* in, const T* out, const Share<T>& share) const {
+        const int lane = threadIdx.x % kWarp, lines = in_line(out + share.head);
+        const int slot = (lane - lines + in_line(in + share.head)) & (kWarp - 1);
+        const bool behind = lane < lines;
+        return {share.first - lines, behind ? Share<T>::kPiece : 0, behind ? slot - kWarp : slot};
     }
     __device__ __forceinline__ int place(int c, int u) const { return (c << log_step_) + u * kWarp; }
     __device__ __forceinline__ void copy_chunk(const Share<T>& share, const uint4* from, uint4* slots, int c) const {
@@ -367,14 +399,14 @@ class OnChip {
 
     // Of a chunk that a warp has not all of, or that is costly. Most rows have one of the former at most: vector by
     // vector, what it would take beside them is not formed before the others.
-    template <class Z, class Read, class F, class Inside>
-    static __device__ __forceinline__ void map_end(Read read, uint4* to, const F& f, Inside inside) {
+    template <class Z, class Read, class Write, class F, class Inside>
+    static __device__ __forceinline__ void map_end(Read read, Write write, const F& f, Inside inside) {
         if constexpr (Z::kCostly) {
-            map_chunk(read, to, f, inside);
+            map_chunk(read, write, f, inside);
         } else {
 #pragma unroll 1
             for (int u = 0; u < kSlots; ++u)
-                if (inside(u)) store_streaming(to + u * kWarp, mapped(read(u), f));
+                if (inside(u)) write(u, mapped(read(u), f));
         }
     }
     template <class F>
@@ -385,18 +417,14 @@ class OnChip {
         for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
         return pack<T>(x);
     }
-    template <class Read, class F, class Inside>
-    static __device__ __forceinline__ void map_chunk(Read read, uint4* to, const F& f, Inside inside) {
+    template <class Read, class Write, class F, class Inside>
+    static __device__ __forceinline__ void map_chunk(Read read, Write write, const F& f, Inside inside) {
         uint4 raw[kSlots];
 #pragma unroll
         for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read(u) : uint4{};
 #pragma unroll
         for (int u = 0; u < kSlots; ++u)
-            if (inside(u)) store_streaming(to + u * kWarp, mapped(raw[u], f));
-    }
-    template <class F, class Inside>
-    __device__ __forceinline__ void map_slots(const uint4* slots, int c, uint4* to, const F& f, Inside inside) const {
-        map_chunk([&](int u) { return read_slot(slots + place(c, u)); }, to, f, inside);
+            if (inside(u)) write(u, mapped(raw[u], f));
     }
 
     uint4* const slots_;  // this warp's

@@ -3,7 +3,7 @@
 // what is sent back is the row's business: plain_row.cuh, terms_row.cuh.
 //
 // A sweep gives every thread a fixed set of elements, and the thread that owns an element is known without searching:
-// Span::owner. Indices in a row are int (V < 2^31); only row offsets are int64.
+// Written::owner. Indices in a row are int (V < 2^31); only row offsets are int64.
 //
 // Which thread adds what, and in which order, is decided by V, the element type, the number of threads, the element
 // that is left out, and the row's phase: its address modulo 16. So rows of one phase, as all are where V elements are a
@@ -57,11 +57,35 @@ struct Span {
         const int body = j - head;
         return body >= 0 && body < vectors * kWidth<T> ? body / kWidth<T> : -1;
     }
+};
 
+constexpr int kLine = 128 / sizeof(uint4);  // vectors: what memory and caches move at once
+
+// How many vectors after the beginning of a line.
+__device__ __forceinline__ int in_line(const void* p) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(uint4) % kLine);
+}
+
+// A row to be written. Its vectors are dealt out from the beginning of the line that the first one is in: but for the
+// first of a block, all stores of a warp are of whole lines. By the order of the sums, which no line may change, they
+// would cover parts of two lines more.
+template <class T>
+struct Written : Span<T> {
+    int before;  // vectors of the line
+
+    __device__ __forceinline__ explicit Written(const Span<T>& span, const T* row)
+        : Span<T>(span), before(in_line(row + span.head)) {}
+
+    // This thread's first vector; it has every blockDim.x-th from there on.
+    __device__ __forceinline__ int first() const {
+        const int vector = static_cast<int>(threadIdx.x) - before;
+        return vector < 0 ? vector + static_cast<int>(blockDim.x) : vector;
+    }
+    // The thread that writes element j.
     __device__ __forceinline__ int owner(int j) const {
-        if (j < head) return j;
-        const int body = j - head;
-        return body < vectors * kWidth<T> ? body / kWidth<T> % blockDim.x : j - vectors * kWidth<T>;
+        if (j < this->head) return j;
+        const int vector = (j - this->head) / kWidth<T>;
+        return vector < this->vectors ? (vector + before) % blockDim.x : j - this->vectors * kWidth<T>;
     }
 };
 
@@ -167,10 +191,12 @@ __device__ __forceinline__ void map_chunk(const uint4* in, int skew, uint4* out,
 
 // Last chunk first: what the previous sweep read last is what the caches still hold, and where the rows in flight
 // outgrow them, going back finds some of it while going round in the same order finds none.
+//
+// first: this thread's vector. Of a chunk that is whole it has all, though it may go on less than a chunk beyond.
 template <class T, bool skewed, class F>
-__device__ __forceinline__ void map_vectors(const uint4* in, int skew, uint4* out, int vectors, const F& f) {
-    const int thread = threadIdx.x, step = kMapUnroll<skewed> * blockDim.x;
-    int v = vectors / step * step + thread;
+__device__ __forceinline__ void map_vectors(const uint4* in, int skew, uint4* out, int first, int vectors, const F& f) {
+    const int step = kMapUnroll<skewed> * blockDim.x;
+    int v = vectors / step * step + first;
     map_chunk<T, skewed>(in + v, skew, out + v, f,
                          [&](int u) { return v + u * static_cast<int>(blockDim.x) < vectors; });
     for (v -= step; v >= 0; v -= step) map_chunk<T, skewed>(in + v, skew, out + v, f, [](int) { return true; });
@@ -184,12 +210,13 @@ __device__ __forceinline__ int skew_of(const T* in, const T* out) {
 
 // out may be in. Vectors are aligned in out; where in has another phase (a strided view beside a contiguous buffer,
 // odd V), each is put together from two aligned loads, and the span shrinks so that both lie within the row.
-// The span returned knows which thread wrote an element.
+// What is returned knows which thread wrote an element.
 template <class T, class F>
-__device__ __forceinline__ Span<T> map_row(const T* in, T* out, int vocab, const F& f) {
-    Span<T> span(out, vocab);
+__device__ __forceinline__ Written<T> map_row(const T* in, T* out, int vocab, const F& f) {
+    Span<T> shrunk(out, vocab);
     const int skew = skew_of(in, out);
-    if (skew) span.shrink();
+    if (skew) shrunk.shrink();
+    const Written<T> span(shrunk, out);
     if (static_cast<int>(threadIdx.x) < span.edges) {
         const int edge = span.edge(threadIdx.x);
         assign(out[edge], f(to_float(in[edge])));
@@ -197,9 +224,9 @@ __device__ __forceinline__ Span<T> map_row(const T* in, T* out, int vocab, const
     uint4* to = reinterpret_cast<uint4*>(out + span.head);
     if (skew) {
         const char* aligned = reinterpret_cast<const char*>(in + span.head) - skew;
-        map_vectors<T, true>(reinterpret_cast<const uint4*>(aligned), skew, to, span.vectors, f);
+        map_vectors<T, true>(reinterpret_cast<const uint4*>(aligned), skew, to, span.first(), span.vectors, f);
     } else {
-        map_vectors<T, false>(reinterpret_cast<const uint4*>(in + span.head), 0, to, span.vectors, f);
+        map_vectors<T, false>(reinterpret_cast<const uint4*>(in + span.head), 0, to, span.first(), span.vectors, f);
     }
     return span;
 }
@@ -207,11 +234,11 @@ __device__ __forceinline__ Span<T> map_row(const T* in, T* out, int vocab, const
 // +0 everywhere; reads nothing.
 template <class T>
 __device__ __forceinline__ void zero_row(T* out, int vocab) {
-    const Span<T> span(out, vocab);
+    const Written<T> span(Span<T>(out, vocab), out);
     if (static_cast<int>(threadIdx.x) < span.edges) assign(out[span.edge(threadIdx.x)], 0.f);
     uint4* vectors = reinterpret_cast<uint4*>(out + span.head);
 #pragma unroll 4
-    for (int v = threadIdx.x; v < span.vectors; v += blockDim.x) store_streaming(vectors + v, {0, 0, 0, 0});
+    for (int v = span.first(); v < span.vectors; v += blockDim.x) store_streaming(vectors + v, {0, 0, 0, 0});
 }
 
 }  // namespace fused_losses

@@ -39,6 +39,8 @@ FL_EXPORT const char* on_chip(const fused_losses::LossAndGradParams* params, int
     return nullptr;
 }
 FL_EXPORT int64_t copies_asked() { return host_cuda::copies.asked; }
+FL_EXPORT void set_counting(int on) { host_cuda::stores.count(on != 0); }
+FL_EXPORT int64_t lines_stored() { return host_cuda::stores.lines(); }
 
 // ---- The runtime ----------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 // sooner; until then its bytes are NaN. Its source is read when it is asked for, or when it arrives: one in ascending
 // runs, the other in descending ones.
 //
-// An error: a slot that is read by another thread than the one that has filled it, read before its copy has been waited
-// for, filled while a copy to it is under way or by another warp than before, filled for a row before a lane reads it
-// for the last one, or filled from elsewhere in 128 bytes than it lies in them, which costs twice the requests; and a
-// copy that a block leaves under way.
+// An error: a slot that is read before its copy has been waited for, by another warp than the one that has filled it,
+// or by another lane with no barrier between that wait and the read; filled while a copy to it is under way or by
+// another warp than before, filled for a row before a lane reads it for the last one, or filled from elsewhere in 128
+// bytes than it lies in them, which costs twice the requests; and a copy that a block leaves under way.
 #pragma once
 
 #include <deque>
@@ -25,7 +25,7 @@ class Copies {
         Place& place = at(to, bytes);
         if (place.owner != kNobody && place.owner / kWarp != me() / kWarp) fail("two warps copy to one place");
         if (place.pending) fail("a copy to where another one is under way");
-        place = {me(), true};
+        place = {me(), true, 0};
         Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, {}};
         memcpy(copy.early, from, bytes);
         memset(to, 0xff, bytes);
@@ -42,14 +42,18 @@ class Copies {
         for (; static_cast<int>(groups.size()) > pending; groups.pop_front())
             for (const Copy& copy : groups.front()) {
                 memcpy(copy.to, descending ? copy.from : copy.early, copy.bytes);
-                at(copy.to, copy.bytes).pending = false;
+                Place& place = at(copy.to, copy.bytes);
+                place.pending = false;
+                place.arrived = block.barriers();
             }
     }
     uint4 read(const uint4* slot) {
         const Place& place = at(const_cast<uint4*>(slot), sizeof(uint4));
         if (place.owner == kNobody) fail("a slot is read that was never filled");
-        if (place.owner != me()) fail("a slot of another thread is read");
         if (place.pending) fail("a slot is read whose copy has not been waited for");
+        if (place.owner / kWarp != me() / kWarp) fail("a slot of another warp is read");
+        if (place.owner != me() && place.arrived == block.barriers())
+            fail("a slot of another thread is read before a barrier");
         return *slot;
     }
     // Of a block: its shared memory is about to be another's.
@@ -81,6 +85,7 @@ class Copies {
     struct Place {
         unsigned owner = kNobody;
         bool pending = false;
+        int arrived = 0;  // after so many barriers
     };
 
     static unsigned me() { return static_cast<unsigned>(block.running()); }
@@ -88,9 +93,7 @@ class Copies {
         threads_.resize(block.threads.x * block.together());
         return threads_[me()];
     }
-    static int64_t offset(const void* shared) {
-        return static_cast<const char*>(shared) - block.shared(block.rank());
-    }
+    static int64_t offset(const void* shared) { return static_cast<const char*>(shared) - block.shared(block.rank()); }
     Place& at(const void* p, int bytes) {
         const int64_t offset = Copies::offset(p), places = block.shared_bytes / 4 + 1;
         if (offset < 0 || offset + bytes > static_cast<int64_t>(block.shared_bytes))

@@ -13,9 +13,13 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -89,6 +93,7 @@ class Block {
         together_ = together;
         warps_.assign(count / kWarp, Warp{});
         begun_.assign(together, false);
+        barriers_.assign(together, 0);
         shared_.resize(together);
         for (auto& memory : shared_)
             std::vector<uint64_t>((shared_bytes + 15) / 16 * 2 + 16, ~uint64_t{0}).swap(memory);  // ends are found
@@ -109,6 +114,9 @@ class Block {
         self.state = state;
         to_scheduler(self, false);
     }
+
+    // How many barriers of all its threads the block has behind it.
+    int barriers() const { return barriers_[rank()]; }
 
     // Of the fiber that runs: its number in the cluster.
     int running() const { return rank() * static_cast<int>(threads.x) + static_cast<int>(thread.x); }
@@ -132,8 +140,11 @@ class Block {
         for (int b = 0; b < together_; ++b) {
             const int rank = descending ? together_ - 1 - b : b, own = static_cast<int>(threads.x);
             begun_[rank] = true;
-            for (run_warps(rank * own, own); in(Fiber::at_barrier, rank * own, own) == own; run_warps(rank * own, own))
+            for (run_warps(rank * own, own); in(Fiber::at_barrier, rank * own, own) == own;
+                 run_warps(rank * own, own)) {
+                ++barriers_[rank];
                 release(Fiber::at_barrier, rank * own, own);
+            }
         }
         if (in(Fiber::done, 0, count) == count) return false;
         if (in(Fiber::at_cluster_barrier, 0, count) < count)
@@ -141,6 +152,7 @@ class Block {
                  std::to_string(in(Fiber::done, 0, count)) + " have returned, " +
                  std::to_string(in(Fiber::at_barrier, 0, count)) + " are at a barrier and " +
                  std::to_string(in(Fiber::at_cluster_barrier, 0, count)) + " at one of the cluster");
+        for (int& barriers : barriers_) ++barriers;
         release(Fiber::at_cluster_barrier, 0, count);
         return true;
     }
@@ -212,6 +224,7 @@ class Block {
     std::vector<Warp> warps_;
     std::vector<std::vector<uint64_t>> shared_;
     std::vector<bool> begun_;
+    std::vector<int> barriers_;
     int first_ = 0, together_ = 1;
     void (*body_)(const void*, const void*) = nullptr;
     const void* kernel_ = nullptr;
@@ -223,6 +236,34 @@ inline Block block;
 inline void check_aligned(const uint4* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16) fail("misaligned vector access");
 }
+
+// How many lines of 128 bytes the stores of vectors go to, each warp's one after another: a line that two of them share
+// counts twice. Those that the lanes of a warp come to as their n-th are taken for one store.
+class Stores {
+  public:
+    void count(bool on) {
+        counts_ = on;
+        seen_.clear();
+        nth_.clear();
+        lines_ = 0;
+    }
+    int64_t lines() const { return lines_; }
+
+    void store(const void* to) {
+        if (!counts_) return;
+        const unsigned lane = block.thread.x, of_block = block.index.x;
+        const unsigned nth = nth_[{of_block, lane}]++;
+        lines_ += seen_.insert({of_block, lane / kWarp, nth, reinterpret_cast<uintptr_t>(to) / 128}).second;
+    }
+
+  private:
+    bool counts_ = false;
+    int64_t lines_ = 0;
+    std::map<std::pair<unsigned, unsigned>, unsigned> nth_;
+    std::set<std::tuple<unsigned, unsigned, unsigned, uintptr_t>> seen_;
+};
+
+inline Stores stores;
 
 }  // namespace host_cuda
 
@@ -332,6 +373,7 @@ inline uint4 load_kept(const uint4* p) { return load(p); }
 inline uint4 load_last(const uint4* p) { return load(p); }
 inline void store_streaming(uint4* p, uint4 v) {
     host_cuda::check_aligned(p);
+    host_cuda::stores.store(p);
     *p = v;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import NamedTuple
@@ -109,6 +110,7 @@ class Module:
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
         self._library.objectives.restype = c_char_p
+        self._library.lines_stored.restype = c_int64
         for returns_text in ("on_chip", "unusable", "launches"):
             getattr(self._library, returns_text).restype = c_char_p
         self.objectives = self._library.objectives().decode().split()
@@ -146,6 +148,14 @@ class Module:
         self._library.add_device(multiprocessors, l2_bytes, *shared, *capability)
         self.set(descending=descending)
 
+    def lines_of(self, run: Callable[[], object]) -> int:
+        """How many lines of 128 bytes its stores of vectors go to, counted for each store of a warp."""
+        self.set(counting=True)
+        run()
+        lines = self._library.lines_stored()
+        self.set(counting=False)
+        return lines
+
     # The runtime's stand-in
 
     def unusable(self, device: int) -> str:
@@ -160,7 +170,7 @@ class Module:
         return self._library.calls(name.encode())
 
     def set(self, **values: int | bool | tuple[int, ...]) -> None:
-        """descending, runs, current, versions"""
+        """descending, runs, current, versions, counting"""
         for name, value in values.items():
             getattr(self._library, f"set_{name}")(*(value if isinstance(value, tuple) else (c_int(value),)))
 

@@ -586,6 +586,40 @@ def mean_of_many(module, chip):
         close("mean of many, gradient", logits.matrix(), want[1], 1e-5, 1e-9)
 
 
+def whole_lines(module, chip):
+    """A warp's stores are of four lines of 128 bytes each, wherever rows begin, but for those of a block's first warp,
+    or on chip for the first of four."""
+    # With 1024 vectors, wherever it begins, a row has no chunk that is not whole: the n-th store is that of all lanes.
+    # The halves of a pair have one.
+    vocab, n = 8 * 1024 + 7, 5
+    if chip is not None and chip.team == 2:
+        return
+    module.configure(1, 1 << 20)
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0x3F00, 0x4000, (n, vocab)).astype(np.uint16)  # bfloat16 from 0.5 to 2
+
+    def rows(phase):
+        return Matrix(n, vocab, BFLOAT16, (phase, 1 << 20, 0, 0), bits)
+
+    def read(logits, grad):
+        one_pass(module, logits.arg, grad.arg, asked_for(module, np.zeros(n, np.int64), vocab), chip)
+
+    def masked(logits, grad):
+        one_pass(module, logits.arg, grad.arg, asked_for(module, np.full(n, IGNORE), vocab), chip)
+
+    def scaled(_, grad):
+        module.scale(grad=grad.arg, scale=pointer(np.float32([2.0])))
+
+    least = 2 * vocab * n / 128
+    warps = 8 if chip is None else chip.threads // 32
+    for run, of in ((read, warps if chip is None else 4), (masked, warps), (scaled, 8)):
+        for phase in (0, 8, 24):  # of the gradient: with the logits' phase modulo 16 bytes, and any modulo 128
+            logits, grad = rows(0), rows(phase)
+            lines = module.lines_of(lambda run=run, logits=logits, grad=grad: run(logits, grad))
+            if lines > (1.02 + 0.25 / of) * least:
+                raise Wrong(f"{run.__name__}, {phase}: {lines} lines are stored to, and there are {least:.0f}")
+
+
 def surest_target(module, chip):
     """1 - p just above float32's smallest normal number, where e^-gap is below it."""
     vocab, gap = 33013, 97.0
@@ -698,6 +732,7 @@ def main(library, cases, first=None):
         softcaps,
         rows_of_two_lengths,
         mean_of_many,
+        whole_lines,
         surest_target,
         with_terms,
         far_rows,
