@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from fused_losses.objectives import OBJECTIVES
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 CPU = torch.device("cpu")
 
@@ -86,4 +88,6 @@ def test_every_outcome_is_recorded(session, monkeypatch, tmp_path, capsys):
 
 def test_what_the_sanitizers_watch_runs(session):
     sanitized = __import__("sanitized")
-    assert sanitized.everything(CPU, "cpu", (7, 33)) == 2 * 2 * 11
+    assert sanitized.everything(CPU, "cpu", (7, 33)) == 2 * 2 * 14
+    assert sanitized.turn_after_turn(CPU, "cpu", ((331, torch.bfloat16, 3), (33, torch.float32, 1))) == 2 * 3
+    assert sanitized.every_loss(CPU, "cpu", 33) == len(OBJECTIVES)
