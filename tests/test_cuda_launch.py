@@ -236,6 +236,19 @@ def test_no_pair_on_one_multiprocessor(module):
         assert launch(module, 262144, structs.BFLOAT16)[0].team == team
 
 
+def test_no_pairs_by_code_without_clusters(module):
+    """An nvcc that knows no sm_90 leaves PTX of an older architecture, in which a pair's barrier is a trap."""
+    _, l2_bytes, shared, capability = DEVICES["H100"]
+    for code, team in ((80, 1), (90, 2)):
+        module.set(code=code, runs=False)
+        module.configure(132, l2_bytes, shared=shared, capability=capability)
+        module.launches()
+        try:
+            assert launch(module, 262144, structs.BFLOAT16)[0].team == team
+        finally:
+            module.set(code=0)
+
+
 def test_devices_without_room(module):
     """Little shared memory, as before sm_80 or in a part of a GPU."""
     module.configure(16, 4 * MB, shared=(64 * KB, 64 * KB))
@@ -408,8 +421,8 @@ BUGS = {
     ),
     "clusters from sm_80 on": (
         "cuda/device.cu",
-        "major >= 9};",
-        "major >= 8};",
+        "major >= 9 &&",
+        "major >= 8 ||",
         lambda m: test_fits_the_device_and_no_choice_depends_on_rows(m, "L40S", True, 0.0),
     ),
     "pairs for several targets": (
@@ -477,6 +490,12 @@ BUGS = {
         "if (p.logits.n == 0 && p.averages) launch(",
         "if (false) launch(",
         lambda m: test_a_mean_over_no_active_token_is_0(m, 0, 9001),
+    ),
+    "clusters in code that has none": (
+        "cuda/device.cu",
+        "major >= 9 && code.ptxVersion >= 90;",
+        "major >= 9;",
+        test_no_pairs_by_code_without_clusters,
     ),
     "limits raised at the first launch": (
         "cuda/device.cu",

@@ -85,9 +85,13 @@ DeviceLimits device_limits() {
     ask(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     ask(of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     ask(major, cudaDevAttrComputeCapabilityMajor);
+    cudaFuncAttributes code{};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
     if (error != cudaSuccess) throw std::runtime_error("fused_losses: no usable CUDA device (" + why(error) + ")");
     if (!allow_shared(of_block).empty()) of_block = 0;
-    const DeviceLimits limits{multiprocessors, l2_bytes, of_block, of_multiprocessor, major >= 9};
+    // Code for an older architecture, which a device has compiled for itself, has no barrier of a cluster.
+    const bool clusters = major >= 9 && code.ptxVersion >= 90;
+    const DeviceLimits limits{multiprocessors, l2_bytes, of_block, of_multiprocessor, clusters};
     if (keep) kept[device].store(new DeviceLimits(limits), std::memory_order_release);  // for as long as the process
     return limits;
 }

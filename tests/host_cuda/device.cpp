@@ -48,6 +48,7 @@ FL_EXPORT void set_versions(int driver, int version) {
     host_cuda::runtime.driver = driver;
     host_cuda::runtime.version = version;
 }
+FL_EXPORT void set_code(int architecture) { host_cuda::runtime.code = architecture; }
 FL_EXPORT void set_current(int device) { host_cuda::runtime.current = device; }
 FL_EXPORT int current() { return host_cuda::runtime.current; }
 FL_EXPORT void set_error(const char* call, int error) {

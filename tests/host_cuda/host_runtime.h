@@ -28,7 +28,9 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
 using cudaStream_t = struct Stream*;
 
 struct dim3 {
@@ -68,6 +70,7 @@ struct Launch {
 struct Runtime {
     std::vector<Device> devices{Device{}};
     int current = 0, driver = 13000, version = 13000;
+    int code = 0;  // the architecture that the kernels were compiled for; 0: the device's
     std::map<std::string, cudaError_t> errors;
     std::map<std::string, int> calls;
     std::map<std::pair<int, const void*>, int> allowed;  // shared memory, by device and kernel
@@ -123,7 +126,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr what, int ind
     *out = of[what];
     return cudaSuccess;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) {
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, void (*)()) {
+    const host_cuda::Device& device = host_cuda::runtime.devices[host_cuda::runtime.current];
+    out->ptxVersion = host_cuda::runtime.code ? host_cuda::runtime.code : 10 * device.major + device.minor;
     return host_cuda::runtime.call("cudaFuncGetAttributes");
 }
 

@@ -170,7 +170,7 @@ class Module:
         return self._library.calls(name.encode())
 
     def set(self, **values: int | bool | tuple[int, ...]) -> None:
-        """descending, runs, current, versions, counting"""
+        """descending, runs, current, code, versions, counting"""
         for name, value in values.items():
             getattr(self._library, f"set_{name}")(*(value if isinstance(value, tuple) else (c_int(value),)))
 
