@@ -42,7 +42,8 @@ def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> T
     """
     if _in_dynamo():  # all goes through the dispatcher; below asks what can't be traced
         return tensor
-    if type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_neg() and not tensor._is_zerotensor():
+    dense = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_nested  # which may be strided, too
+    if dense and not tensor.is_neg() and not tensor._is_zerotensor():
         return tensor
     return _resolved(name, tensor, logits)
 
@@ -50,13 +51,20 @@ def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> T
 def _resolved(name: str, tensor: Tensor, logits: Tensor | Origin | None) -> Tensor:
     if torch._C._len_torch_dispatch_stack() > 0:  # somebody traces: FakeTensorMode, make_fx, export
         return tensor
-    if tensor.layout is not _STRIDED:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+    strided(name, tensor)
     if _wraps(tensor):
         return _unwrapped(name, tensor, logits)
     if tensor._is_zerotensor():
         return tensor.clone()
     return tensor.resolve_neg()
+
+
+def strided(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse, mkldnn or nested tensor, of which torch has few operations."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass its values, or pad it")
+    if tensor.layout is not _STRIDED:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
 
 
 def _wraps(tensor: Tensor) -> bool:
@@ -127,8 +135,8 @@ def dense(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], beside: Te
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     no_transform(name, tensor)
     tensor = plain(name, tensor, beside)
-    if tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass its values, or pad it")
+    if tensor.is_nested:  # somebody traces, and nobody has looked
+        strided(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {tensor.dtype} (fused_losses.reference takes any float)"
