@@ -42,8 +42,9 @@ def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> T
     """
     if _in_dynamo():  # all goes through the dispatcher; below asks what can't be traced
         return tensor
-    dense = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_nested  # which may be strided, too
-    if dense and not tensor.is_neg() and not tensor._is_zerotensor():
+    # a nested tensor may be of that layout, too
+    ordinary = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_nested
+    if ordinary and not tensor.is_neg() and not tensor._is_zerotensor():
         return tensor
     return _resolved(name, tensor, logits)
 
@@ -252,11 +253,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor | O
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):
         return number("denominator", value, " or a tensor")
-    value = plain("denominator", value, logits)
-    if value.dim() != 0:
-        raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    _same_device("denominator", value, logits.device)
-    return value.detach().to(torch.float32)
+    return _scalar("denominator", value, logits).to(torch.float32)
 
 
 def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> Column:
@@ -268,13 +265,19 @@ def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> 
         return number_
     if reduction == "none":
         raise ValueError('upstream is of one reduced loss: reduction is "none", upstream a tensor')
-    value = plain("upstream", value, logits)
+    value = _scalar("upstream", value, logits)
+    return value.to(torch.float32, copy=True)  # a loss scale is changed where it is, before backward asks
+
+
+def _scalar(name: str, value: Tensor, logits: Tensor | Origin) -> Tensor:
+    """A 0-d tensor in plain form. An integer is one, as it is where a number is given: of tokens, or of processes."""
+    value = plain(name, value, logits)
     if value.dim() != 0:
-        raise ValueError(f"upstream must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"upstream must be a number or a float tensor, got {value.dtype}")
-    _same_device("upstream", value, logits.device)
-    return value.detach().to(torch.float32, copy=True)  # a loss scale is changed where it is, before backward asks
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of a real number, got {value.dtype}")
+    _same_device(name, value, logits.device)
+    return value.detach()
 
 
 def of_sequence(ratio_level: str, sequences: Sequences) -> bool:

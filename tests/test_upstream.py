@@ -126,6 +126,19 @@ def test_two_phases_take_what_comes():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ["upstream", "denominator"])
+def test_an_integer_is_a_number_in_a_tensor_too(name):
+    """A number of processes, or of tokens."""
+    logits, targets = torch.randn(3, 7), torch.randint(7, (3,))
+    found = []
+    for number in (2, torch.tensor(2), torch.tensor(2, dtype=torch.int32), torch.tensor(2.0)):
+        x = logits.clone().requires_grad_()
+        loss = fused_losses.cross_entropy(x, targets, **{name: number})
+        (2 * loss).backward()
+        found.append((loss.detach(), x.grad))
+    assert all(torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1]) for loss, grad in found)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "gspo"])
 @pytest.mark.parametrize(
     "options, error, message",
@@ -136,7 +149,8 @@ def test_two_phases_take_what_comes():
         ({"upstream": math.nan}, ValueError, "upstream must not be NaN"),
         ({"upstream": "2"}, TypeError, "upstream must be a number or a tensor, got str"),
         ({"upstream": torch.ones(1)}, ValueError, r"upstream must be a number or a 0-d tensor, got shape \(1,\)"),
-        ({"upstream": torch.tensor(2)}, TypeError, "upstream must be a number or a float tensor, got torch.int64"),
+        ({"upstream": torch.tensor(1j)}, TypeError, "upstream must be .* a real number, got torch.complex64"),
+        ({"denominator": torch.tensor(1j)}, TypeError, "denominator must be .* a real number, got torch.complex64"),
         ({"upstream": 2.0, "reduction": "none"}, ValueError, 'upstream is of one reduced loss: reduction is "none"'),
         ({"upstream": torch.tensor(1.0), "reduction": "none"}, ValueError, "upstream is of one reduced loss"),
         (
