@@ -13,9 +13,10 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -291,20 +292,25 @@ class Fused(NamedTuple):
             labels = args[place - 1] if len(args) >= place else kwargs.get("labels")
             if labels is None or not (model.training or self.evaluation):
                 return own(model, *args, **kwargs)
-            head = PendingHead(getattr(model, self.head), type(model).__name__, self.options)
-            with _instead(model, {self.head: head, "_loss_function": self.loss_function(model)}):
-                return _without_logits(own(model, *args, **kwargs))
+            with _alone(model):
+                head = PendingHead(getattr(model, self.head), type(model).__name__, self.options)
+                with _instead(model, {self.head: head, "_loss_function": self.loss_function(model)}):
+                    return _without_logits(own(model, *args, **kwargs))
 
         return forward
 
 
 class PendingHead:
-    """A head whose call gives :class:`PendingLogits`; all else is as in the module."""
+    """A head whose call gives :class:`PendingLogits`; all else is as in the module, and so is its call in another
+    thread than the one that it was made in."""
 
     def __init__(self, module: torch.nn.Module, model: str, options: Mapping[str, Any]):
         self.module, self.model, self.options = module, model, options
+        self.thread = _thread()
 
-    def __call__(self, hidden: Tensor) -> PendingLogits:
+    def __call__(self, hidden: Tensor) -> PendingLogits | Tensor:
+        if self.thread != _thread():
+            return self.module(hidden)  # type: ignore[no-any-return]
         options = dict(self.options)
         if options["chunk_bytes"] is None and hidden.is_cpu:
             options["chunk_bytes"] = _CPU_BYTES
@@ -365,6 +371,18 @@ class PendingLogits:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.model}: {name} of logits, which fused_losses does not make: remove(model) first")
+
+
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _alone(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """While no other thread exchanges the model's attributes. In a graph none are exchanged, and it has no locks."""
+    return nullcontext() if torch.compiler.is_dynamo_compiling() else _LOCKS.setdefault(model, threading.RLock())
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 @contextmanager
