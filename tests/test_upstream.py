@@ -126,6 +126,21 @@ def test_two_phases_take_what_comes():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("real", [0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("remedy", ["recompute", "upstream"])
+def test_what_float16_overflows_without_the_upstream_gradient(backend, device, real, remedy):
+    if remedy == "upstream" and real == 0.0:
+        pytest.skip("an upstream gradient of 0 is not one to expect")
+    logits, targets = torch.zeros(1, 3, device=device, dtype=torch.float16), torch.tensor([1], device=device)
+    leaf, wanted = (logits.clone().requires_grad_() for _ in range(2))
+    options = {"recompute": True} if remedy == "recompute" else {"upstream": real}
+    loss = fused_losses.cross_entropy(leaf, targets, weights=1e5, reduction="sum", backend=backend, **options)
+    (real * loss).backward()
+    (real * 1e5 * torch.nn.functional.cross_entropy(wanted.float(), targets)).backward()
+    torch.testing.assert_close(leaf.grad, wanted.grad)
+    assert leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["upstream", "denominator"])
 def test_an_integer_is_a_number_in_a_tensor_too(name):
     """A number of processes, or of tokens."""
