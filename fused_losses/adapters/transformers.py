@@ -25,9 +25,12 @@ from torch import Tensor
 
 from .. import checks, losses
 from ..linear_head import LinearHead
+from ._names import called
 
 # options of torch's cross entropy, which transformers' ForCausalLMLoss takes among its **kwargs and does not look at
 _OPTIONS = ("weight", "label_smoothing", "reduction", "size_average", "reduce")
+_OF_LABELS = {"target_tokens": "shifted labels", "denominator": "num_items_in_batch"}
+_OF_SHIFTED = {"target_tokens": "shift_labels", "denominator": "num_items_in_batch"}
 _CPU_BYTES = 1 << 28  # a CPU's products are as fast in few rows, and its caches are small
 
 
@@ -73,6 +76,7 @@ def causal_lm_loss(
         raise TypeError(f"{refused[0]} is not taken by causal_lm_loss: transformers' ForCausalLMLoss would ignore it")
     if logits.shape[-1] != vocab_size:
         raise ValueError(f"vocab_size must be that of logits, {logits.shape[-1]}, got {vocab_size}")
+    names = _OF_LABELS if shift_labels is None else _OF_SHIFTED
     if shift_labels is None:
         if labels is None:
             raise TypeError("labels must be a tensor where shift_labels are not given, got None")
@@ -85,15 +89,16 @@ def causal_lm_loss(
         given, logit_scale, softcap = logits.head, logits.logit_scale, logits.softcap
     else:
         given, logit_scale, softcap = logits, 1.0, None
-    return losses.cross_entropy(
-        given,
-        shift_labels.reshape(tokens).to(logits.device),
-        denominator=_denominator(num_items_in_batch, logits.device),
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        upstream=upstream,
-    )
+    with called(names):
+        return losses.cross_entropy(
+            given,
+            shift_labels.reshape(tokens).to(logits.device),
+            denominator=_denominator(num_items_in_batch, logits.device),
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            upstream=upstream,
+        )
 
 
 def compute_loss_func(
