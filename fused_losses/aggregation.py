@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
-from .sequences import active_tokens, check_cu_seqlens, segment_expand, segment_sum
+from .sequences import active_tokens, check_sequences, segment_expand, segment_sum
 from .vocab_shard import process_group
 
 TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -296,10 +296,7 @@ def global_tokens(
 def _check(mask: Tensor, cu_seqlens: Tensor | None) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, mask, "mask")
-    elif mask.dim() == 0:
-        raise ValueError("mask must have shape (..., T) where cu_seqlens is None, got a 0-d tensor")
+    check_sequences(cu_seqlens, mask, "mask")
 
 
 def _weights(mask: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .problem import (
     Terms,
     Transform,
 )
-from .sequences import active_tokens
+from .sequences import active_tokens, check_sequences
 from .terms import asked
 
 Result = Tensor | tuple[Tensor, Outputs]
@@ -450,8 +450,9 @@ def _composed(
     transform: Transform,
     reduction: Reduction,
     how: How,
-    sequence_ratio: bool = False,
+    sequence_ratio: bool | None = None,
 ) -> Result:
+    """sequence_ratio: of a loss of sequences, whether its ratio is theirs; None: a loss of tokens."""
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
@@ -465,6 +466,8 @@ def _composed(
         checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
     _expecting(how, reduction, logits)  # which any upstream gradient is fine for
     checks.denominator(reduction.denominator, reduction.reduction, logits)
+    if sequence_ratio is not None:
+        check_sequences(sequences.cu_seqlens, target_tokens, "target_tokens")
     if sequences.sequence_ratio_mask is not None:
         mask = active_tokens(sequences.sequence_ratio_mask, target_tokens, "sequence_ratio_mask")
         sequences = sequences._replace(sequence_ratio_mask=mask)
@@ -482,7 +485,7 @@ def _composed(
         sequences,
         terms,
         reduction,
-        sequence_ratio=sequence_ratio,
+        sequence_ratio=bool(sequence_ratio),
         return_outputs=how.return_outputs,
         derivatives_by_hand=True,
     )

@@ -42,7 +42,9 @@ def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> T
     """
     if _in_dynamo():  # all goes through the dispatcher; below asks what can't be traced
         return tensor
-    if type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_neg() and not tensor._is_zerotensor():
+    # a nested tensor may be of that layout, too
+    ordinary = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not tensor.is_nested
+    if ordinary and not tensor.is_neg() and not tensor._is_zerotensor():
         return tensor
     return _resolved(name, tensor, logits)
 
@@ -50,13 +52,20 @@ def plain(name: str, tensor: Tensor, logits: Tensor | Origin | None = None) -> T
 def _resolved(name: str, tensor: Tensor, logits: Tensor | Origin | None) -> Tensor:
     if torch._C._len_torch_dispatch_stack() > 0:  # somebody traces: FakeTensorMode, make_fx, export
         return tensor
-    if tensor.layout is not _STRIDED:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+    strided(name, tensor)
     if _wraps(tensor):
         return _unwrapped(name, tensor, logits)
     if tensor._is_zerotensor():
         return tensor.clone()
     return tensor.resolve_neg()
+
+
+def strided(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse, mkldnn or nested tensor, of which torch has few operations."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass its values, or pad it")
+    if tensor.layout is not _STRIDED:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
 
 
 def _wraps(tensor: Tensor) -> bool:
@@ -127,8 +136,8 @@ def dense(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], beside: Te
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     no_transform(name, tensor)
     tensor = plain(name, tensor, beside)
-    if tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one: pass its values, or pad it")
+    if tensor.is_nested:  # somebody traces, and nobody has looked
+        strided(name, tensor)
     if tensor.dtype not in dtypes:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16, got {tensor.dtype} (fused_losses.reference takes any float)"
@@ -244,11 +253,7 @@ def denominator(value: Tensor | float | None, reduction: str, logits: Tensor | O
         raise ValueError('denominator needs a reduction to divide: reduction is "none"')
     if not isinstance(value, Tensor):
         return number("denominator", value, " or a tensor")
-    value = plain("denominator", value, logits)
-    if value.dim() != 0:
-        raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    _same_device("denominator", value, logits.device)
-    return value.detach().to(torch.float32)
+    return _scalar("denominator", value, logits).to(torch.float32)
 
 
 def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> Column:
@@ -260,13 +265,19 @@ def upstream(value: Tensor | float, reduction: str, logits: Tensor | Origin) -> 
         return number_
     if reduction == "none":
         raise ValueError('upstream is of one reduced loss: reduction is "none", upstream a tensor')
-    value = plain("upstream", value, logits)
+    value = _scalar("upstream", value, logits)
+    return value.to(torch.float32, copy=True)  # a loss scale is changed where it is, before backward asks
+
+
+def _scalar(name: str, value: Tensor, logits: Tensor | Origin) -> Tensor:
+    """A 0-d tensor in plain form. An integer is one, as it is where a number is given: of tokens, or of processes."""
+    value = plain(name, value, logits)
     if value.dim() != 0:
-        raise ValueError(f"upstream must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"upstream must be a number or a float tensor, got {value.dtype}")
-    _same_device("upstream", value, logits.device)
-    return value.detach().to(torch.float32, copy=True)  # a loss scale is changed where it is, before backward asks
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of a real number, got {value.dtype}")
+    _same_device(name, value, logits.device)
+    return value.detach()
 
 
 def of_sequence(ratio_level: str, sequences: Sequences) -> bool:

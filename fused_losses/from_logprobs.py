@@ -14,7 +14,7 @@ from .composition import Columns, PerToken
 from .objectives import OBJECTIVES, Objective
 from .outputs import Outputs
 from .problem import How, PolicyTerms, Reduction, Sequences
-from .sequences import active_tokens
+from .sequences import active_tokens, check_sequences
 from .terms import asked
 
 Result = Tensor | tuple[Tensor, Outputs]
@@ -103,9 +103,12 @@ def _composed(
     terms: PolicyTerms,
     reduction: Reduction,
     how: How,
-    sequence_ratio: bool = False,
+    sequence_ratio: bool | None = None,
 ) -> Result:
+    """sequence_ratio: of a loss of sequences, whether its ratio is theirs; None: a loss of tokens."""
     logp = _as_float("logprobs", logprobs)
+    if sequence_ratio is not None:
+        check_sequences(sequences.cu_seqlens, logp, "logprobs")
     if entropy is not None:
         entropy = _entropy(entropy, logp)
     elif asked(terms).entropy:
@@ -124,7 +127,7 @@ def _composed(
         sequences,
         terms,
         reduction,
-        sequence_ratio=sequence_ratio,
+        sequence_ratio=bool(sequence_ratio),
         return_outputs=how.return_outputs,
         derivatives_by_hand=True,
     )
@@ -133,6 +136,7 @@ def _composed(
 def _as_float(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    checks.strided(name, tensor)
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -245,6 +245,7 @@ def _tokens(
     for name, value in (("logprobs", logprobs), ("sampler_logprobs", sampler_logprobs)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        checks.strided(name, value)
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
     if sampler_logprobs.device != logprobs.device:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Sum over each sequence: ``out[b] = sum_{t in b} values[t]``, 0 for an empty sequence.
@@ -33,11 +35,9 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
             start at 0, decreases, or does not end at the number of tokens. On CUDA and under torch.compile its values
             are not read: then wrong ones give wrong sums, but no access out of bounds.
     """
+    check_sequences(cu_seqlens, values, "values")
     if cu_seqlens is None:
-        if values.dim() == 0:
-            raise ValueError("values must have shape (..., T) where cu_seqlens is None, got a 0-d tensor")
         return values.sum(-1, dtype=torch.float64 if values.is_floating_point() else torch.int64).to(_kind(values))
-    check_cu_seqlens(cu_seqlens, values)
     return _Sum.apply(values.reshape(-1), cu_seqlens)
 
 
@@ -56,13 +56,8 @@ def segment_expand(per_sequence: Tensor, like: Tensor, cu_seqlens: Tensor | None
     Raises:
         TypeError, ValueError: as :func:`segment_sum`; or ``per_sequence`` is not one value per sequence.
     """
-    if cu_seqlens is None:
-        if like.dim() == 0:
-            raise ValueError("like must have shape (..., T) where cu_seqlens is None, got a 0-d tensor")
-        shape = like.shape[:-1]
-    else:
-        check_cu_seqlens(cu_seqlens, like, "like")
-        shape = torch.Size((cu_seqlens.shape[0] - 1,))
+    check_sequences(cu_seqlens, like, "like")
+    shape = like.shape[:-1] if cu_seqlens is None else torch.Size((cu_seqlens.shape[0] - 1,))
     if per_sequence.shape != shape:
         raise ValueError(
             f"per_sequence must hold one value per sequence, shape {tuple(shape)}, got {tuple(per_sequence.shape)}"
@@ -107,6 +102,7 @@ def active_tokens(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
     """``mask != 0`` in the shape of ``like``; checks the mask, the argument called ``name``."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    checks.strided(name, mask)
     if mask.device != like.device:
         raise ValueError(f"{name} must be on the device of the tokens, {like.device}, got {mask.device}")
     active = mask if mask.dtype is torch.bool else mask != 0
@@ -120,13 +116,23 @@ def active_tokens(mask: Tensor, like: Tensor, name: str = "mask") -> Tensor:
     return active
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str = "values") -> None:
+def check_sequences(cu_seqlens: Tensor | None, tokens: Tensor, name: str) -> None:
+    """Raise where ``tokens``, the argument called ``name``, are not sequences: by ``cu_seqlens``, or without it by
+    their last dimension."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, tokens, name)
+    elif tokens.dim() == 0:
+        raise ValueError(f"{name} must have shape (..., T) where cu_seqlens is None, got a 0-d tensor")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
     """Raise where ``cu_seqlens`` does not cut ``tokens``, the argument called ``name``, into sequences.
 
     Its values are read on CPU only, where that waits for nothing.
     """
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    checks.strided("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

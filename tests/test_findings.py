@@ -153,10 +153,68 @@ def test_other_layouts_are_refused_by_name(backend, device, name):
             call.run(backend, **{name: value.to_mkldnn()})
 
 
-def test_nested_logits_are_refused():
-    logits = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
-    with pytest.raises(TypeError, match=r"^logits must be a dense tensor, got"):
+NESTED = pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+
+
+def nested(*sizes, layout):
+    return torch.nested.nested_tensor([torch.randn(size) for size in sizes], layout=layout)
+
+
+@NESTED
+def test_nested_logits_are_refused(layout):
+    logits = nested((2, 8), (3, 8), layout=layout)
+    with pytest.raises(TypeError, match=r"^logits must be a dense tensor, got a nested one"):
         fused_losses.cross_entropy(logits, torch.zeros(5, dtype=torch.int64))
+
+
+@NESTED
+@pytest.mark.parametrize("name", ["target_tokens", "old_logprobs", "weights"])
+def test_nested_columns_are_refused(name, layout):
+    given = {"target_tokens": torch.zeros(5, dtype=torch.int64), "old_logprobs": torch.zeros(5), "weights": 1.0}
+    given[name] = nested((2,), (3,), layout=layout)
+    with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got a nested one"):
+        fused_losses.ppo(torch.randn(5, 8), advantages=1.0, **given)
+
+
+def _other_layouts(tensor):
+    return tensor.to_sparse(), torch.nested.nested_tensor([tensor]), tensor.to_mkldnn()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropy", "old_logprobs", "sequence_ratio_mask"])
+def test_other_layouts_of_losses_on_logprobs_are_refused_by_name(name):
+    given = {"logprobs": -torch.rand(2, 3), "old_logprobs": -torch.rand(2, 3), "advantages": 1.0, "entropy_coef": 0.1}
+    given |= {"entropy": torch.rand(2, 3), "sequence_ratio_mask": torch.ones(2, 3)}
+    fused_losses.on_logprobs.gspo(**given)
+    for other in _other_layouts(given[name]):
+        with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got"):
+            fused_losses.on_logprobs.gspo(**{**given, name: other})
+
+
+@pytest.mark.parametrize("name", ["logprobs", "sampler_logprobs", "mask"])
+def test_other_layouts_of_importance_weights_are_refused_by_name(name):
+    given = {"logprobs": -torch.rand(2, 3), "sampler_logprobs": -torch.rand(2, 3), "mask": torch.ones(2, 3), "cap": 2.0}
+    fused_losses.truncated_importance_weights(**given)
+    for other in _other_layouts(given[name]):
+        with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got"):
+            fused_losses.truncated_importance_weights(**{**given, name: other})
+
+
+@pytest.mark.parametrize("loss", ["gspo", "gmpo", "vespo", "sapo"])
+def test_what_are_no_sequences_is_said_of_the_argument(loss):
+    options = {"ratio_level": "sequence"} if loss == "sapo" else {}
+    tokens, targets = torch.zeros(6), torch.zeros(6, dtype=torch.int64)
+    for module, given, name in (
+        (fused_losses.on_logprobs, (tokens,), "logprobs"),
+        (fused_losses, (torch.randn(6, 8), targets), "target_tokens"),
+    ):
+        function = getattr(module, loss)
+        with pytest.raises(ValueError, match=rf"^{name} must have shape \(..., T\) .*, got a 0-d tensor"):
+            function(*(each[0] for each in given), 0.0, 1.0, **options)
+        for ends, got in (([0, 5], "5"), ([0], "no sequence")):
+            with pytest.raises(
+                ValueError, match=f"^cu_seqlens must end at the number of tokens of {name}, 6, got {got}"
+            ):
+                function(*given, 0.0, 1.0, cu_seqlens=torch.tensor(ends), **options)
 
 
 @pytest.fixture

@@ -126,6 +126,34 @@ def test_two_phases_take_what_comes():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("real", [0.0, 1e-3, 0.5])
+@pytest.mark.parametrize("remedy", ["recompute", "upstream"])
+def test_what_float16_overflows_without_the_upstream_gradient(backend, device, real, remedy):
+    if remedy == "upstream" and real == 0.0:
+        pytest.skip("an upstream gradient of 0 is not one to expect")
+    logits, targets = torch.zeros(1, 3, device=device, dtype=torch.float16), torch.tensor([1], device=device)
+    leaf, wanted = (logits.clone().requires_grad_() for _ in range(2))
+    options = {"recompute": True} if remedy == "recompute" else {"upstream": real}
+    loss = fused_losses.cross_entropy(leaf, targets, weights=1e5, reduction="sum", backend=backend, **options)
+    (real * loss).backward()
+    (real * 1e5 * torch.nn.functional.cross_entropy(wanted.float(), targets)).backward()
+    torch.testing.assert_close(leaf.grad, wanted.grad)
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["upstream", "denominator"])
+def test_an_integer_is_a_number_in_a_tensor_too(name):
+    """A number of processes, or of tokens."""
+    logits, targets = torch.randn(3, 7), torch.randint(7, (3,))
+    found = []
+    for number in (2, torch.tensor(2), torch.tensor(2, dtype=torch.int32), torch.tensor(2.0)):
+        x = logits.clone().requires_grad_()
+        loss = fused_losses.cross_entropy(x, targets, **{name: number})
+        (2 * loss).backward()
+        found.append((loss.detach(), x.grad))
+    assert all(torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1]) for loss, grad in found)
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "gspo"])
 @pytest.mark.parametrize(
     "options, error, message",
@@ -136,7 +164,8 @@ def test_two_phases_take_what_comes():
         ({"upstream": math.nan}, ValueError, "upstream must not be NaN"),
         ({"upstream": "2"}, TypeError, "upstream must be a number or a tensor, got str"),
         ({"upstream": torch.ones(1)}, ValueError, r"upstream must be a number or a 0-d tensor, got shape \(1,\)"),
-        ({"upstream": torch.tensor(2)}, TypeError, "upstream must be a number or a float tensor, got torch.int64"),
+        ({"upstream": torch.tensor(1j)}, TypeError, "upstream must be .* a real number, got torch.complex64"),
+        ({"denominator": torch.tensor(1j)}, TypeError, "denominator must be .* a real number, got torch.complex64"),
         ({"upstream": 2.0, "reduction": "none"}, ValueError, 'upstream is of one reduced loss: reduction is "none"'),
         ({"upstream": torch.tensor(1.0), "reduction": "none"}, ValueError, "upstream is of one reduced loss"),
         (

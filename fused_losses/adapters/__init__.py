@@ -4,6 +4,7 @@
 
     trl.install()  # and trl.remove()
 
-Each has the framework's exact signatures, gives the numbers of the code that it replaces, and refuses by name what it
-does not support. ``python -m fused_losses.adapters`` runs each framework that is installed beside it.
+Each has the framework's exact signatures, gives the numbers of the code that it replaces, refuses by name what it does
+not support, and speaks of what its user gave in the framework's words. ``python -m fused_losses.adapters`` runs each
+framework that is installed beside it.
 """

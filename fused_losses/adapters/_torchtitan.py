@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import spmd_types as spmd
 import torch
@@ -17,6 +17,7 @@ from torchtitan.tools.logging import logger
 
 from .. import losses
 from ..vocab_shard import VocabShard
+from ._names import called, in_words
 from .slots import Slot, Slots
 
 Result = tuple[Tensor, dict[str, Tensor]]
@@ -58,6 +59,9 @@ class CrossEntropyLoss(BaseLoss):  # type: ignore[misc]  # torchtitan has no typ
         self.global_vocab_size = config.global_vocab_size
         self.inplace = config.inplace
 
+    @in_words(
+        {"logits": "pred", "local_logits": "pred", "target_tokens": "labels", "denominator": "global_valid_tokens"}
+    )
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **kwargs: Any
     ) -> Result:
@@ -110,6 +114,15 @@ class DAPOLoss(BaseLoss):  # type: ignore[misc]
         inplace: bool = True
         """As of :class:`CrossEntropyLoss`."""
 
+    _names: ClassVar[dict[str, str]] = {
+        "local_logits": "logits",
+        "target_tokens": "labels",
+        "old_logprobs": "generator_logprobs",
+        "weights": "loss_mask",
+        "clip_low_threshold": "1 - ratio_clip_low",
+        "clip_high_threshold": "1 + ratio_clip_high",
+    }
+
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         _tell(self, compile_config)
         self.low, self.high = max(1 - config.ratio_clip_low, 0.0), 1 + config.ratio_clip_high
@@ -135,7 +148,7 @@ class DAPOLoss(BaseLoss):  # type: ignore[misc]
             denominator: Tensor | float = global_valid_tokens.to(logits.device).clamp(min=1)
         else:
             denominator = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
-        with spmd.no_typecheck():
+        with spmd.no_typecheck(), called(self._names):
             loss, outputs = losses.ppo(
                 _logits(logits, self.global_vocab_size),
                 labels,
@@ -184,6 +197,11 @@ class GRPOLoss(DAPOLoss):
 
         inplace: bool = True
         """As of :class:`CrossEntropyLoss`."""
+
+    _names: ClassVar[dict[str, str]] = DAPOLoss._names | {
+        "clip_low_threshold": "1 - clip_eps",
+        "clip_high_threshold": "1 + clip_eps",
+    }
 
     def __init__(self, config: Config, *, compile_config: CompileConfig | None = None):
         both = DAPOLoss.Config(

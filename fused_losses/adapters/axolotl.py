@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from . import transformers
+from ._names import called
 
 if TYPE_CHECKING:
     FusedLossesPlugin: Any
@@ -68,7 +69,8 @@ def put(cfg: Mapping[str, Any], model: Any) -> None:
     if cfg.get("fused_losses") == "loss":
         inner.loss_function = functools.partial(transformers.causal_lm_loss, upstream=processes)
         return
-    transformers.install(inner, upstream=processes, chunk_bytes=cfg.get("fused_losses_chunk_bytes"))
+    with called({"chunk_bytes": "fused_losses_chunk_bytes"}):
+        transformers.install(inner, upstream=processes, chunk_bytes=cfg.get("fused_losses_chunk_bytes"))
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ import fused_losses
 
 from ..linear_head import LinearHead
 from ..vocab_shard import VocabShard
+from ._names import called
 from .slots import Slot, Slots
 
 _IGNORED = -100
@@ -26,6 +27,13 @@ _OPTIONS = ("chunk_bytes", "logits_dtype", "loss", "skip_masked", "weight_grad_d
 
 
 # ---- On logits ----
+
+_OF_SHARD = dict(
+    **dict.fromkeys(("logits", "local_logits"), "vocab_parallel_logits"),
+    target_tokens="target",
+    group="tp_group",
+    label_smoothing="label_smoothing * V / (V - 1)",  # as _per_token has it
+)
 
 
 def fused_vocab_parallel_cross_entropy(
@@ -45,7 +53,8 @@ def fused_vocab_parallel_cross_entropy(
         (s, b) float32, differentiable; the gradient is of the dtype of the logits. That of Megatron's own is rounded to
         bfloat16, whatever that is.
     """
-    return _per_token(vocab_parallel_logits, target, 0.0, tp_group, inplace)
+    with called(_OF_SHARD):
+        return _per_token(vocab_parallel_logits, target, 0.0, tp_group, inplace)
 
 
 def vocab_parallel_cross_entropy(
@@ -70,7 +79,8 @@ def vocab_parallel_cross_entropy(
         from megatron.core.parallel_state import get_tensor_model_parallel_group
 
         tp_group = get_tensor_model_parallel_group()
-    return _per_token(vocab_parallel_logits, target, label_smoothing, tp_group, inplace)
+    with called(_OF_SHARD):
+        return _per_token(vocab_parallel_logits, target, label_smoothing, tp_group, inplace)
 
 
 def te_parallel_cross_entropy(
@@ -83,7 +93,8 @@ def te_parallel_cross_entropy(
 ) -> Tensor:
     """What ``cross_entropy_fusion_impl="te"`` calls of Transformer Engine. is_cg_capturable: it always is, on one rank;
     on several as far as the group's collectives are."""
-    return _per_token(logits, labels, 0.0, tp_group, inplace)
+    with called({"local_logits": "logits", "target_tokens": "labels", "group": "tp_group"}):
+        return _per_token(logits, labels, 0.0, tp_group, inplace)
 
 
 def _per_token(
@@ -162,6 +173,14 @@ def replacements(*, inplace: bool = False) -> dict[Slot, Any]:
 
 # ---- Without logits ----
 
+_OF_LAYER = {
+    "hidden": "hidden_states",
+    "weight": "output_layer.weight",
+    "bias": "output_layer.bias",
+    "target_tokens": "labels",
+    "logit_scale": "mup_output_mult",
+}
+
 
 def output_processor(
     *,
@@ -233,7 +252,8 @@ def output_processor(
     if loss is not None:
         returned: Tensor = loss(head, labels, loss_mask, **({} if scale == 1.0 else {"logit_scale": scale}))
         return returned
-    losses = -fused_losses.logprobs(head, labels.t(), ignore_index=_IGNORED, logit_scale=scale)
+    with called(_OF_LAYER):
+        losses = -fused_losses.logprobs(head, labels.t(), ignore_index=_IGNORED, logit_scale=scale)
     return losses.t().contiguous()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import losses
 from ..problem import ReductionName
+from ._names import in_words
 from .slots import Slot, Slots
 
 NAME = "fused_cross_entropy"
@@ -87,6 +88,7 @@ def per_token_loss_func(outputs: Any, labels: Tensor, enable_dft_loss: bool = Fa
     return _loss(outputs, labels, enable_dft_loss, "none").view(-1)
 
 
+@in_words({"target_tokens": "index"})
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
     """TRL's, as ms-swift calls it: logits (..., V), index (...); float32 whatever the logits are."""
     return losses.logprobs(logits, index)
@@ -100,6 +102,7 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return entropy
 
 
+@in_words({"target_tokens": "labels", "weights": "loss_scale", "denominator": "num_items_in_batch"})
 def _loss(
     outputs: Any,
     labels: Tensor,

@@ -23,9 +23,22 @@ import fused_losses
 
 from .. import on_logprobs
 from ..vocab_shard import VocabShard
+from ._names import in_words
 
 _IGNORED = -100
 _EPSILON = 1e-8  # that NeMo-RL adds to every number it divides by
+_NAMES = {
+    "target_tokens": "input_ids",
+    "local_logits": "logits",
+    "logprobs": "next_token_logprobs",
+    "old_logprobs": "prev_logprobs",
+    "importance_weights": "generation_logprobs",
+    "weights": "token_mask",
+    "denominator": "global_valid_toks or global_valid_seqs",
+    "clip_low_threshold": "1 - ratio_clip_min",
+    "clip_high_threshold": "1 + ratio_clip_max",
+    "dual_clip": "ratio_clip_c",
+}
 Group = Callable[[], dist.ProcessGroup]
 
 
@@ -130,6 +143,7 @@ class ClippedPGLoss(_LossFunction):
             by["is_oob_ratio"] = "SEQUENCES" if masked else "TOKENS"
         return {name: MetricNormalizer[normalizer] for name, normalizer in by.items()}
 
+    @in_words(_NAMES)
     def __call__(
         self,
         next_token_logprobs: Tensor | None = None,
@@ -196,6 +210,7 @@ class NLLLoss(_LossFunction):
         by = {"loss": "TOKENS", "num_unmasked_tokens": "NONE", "num_valid_samples": "NONE"}
         return {name: MetricNormalizer[normalizer] for name, normalizer in by.items()}
 
+    @in_words(_NAMES)
     def __call__(
         self,
         next_token_logprobs: Tensor | None = None,

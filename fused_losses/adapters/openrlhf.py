@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import aggregation, losses, on_logprobs
+from ._names import called, in_words
 from .slots import Slot, Slots
 
 LOG_RATIO_CLAMP = 20.0  # of PolicyLoss, where its ratio is that of a token
@@ -24,6 +26,7 @@ SURE = 1e-6  # probabilities of a divergence are at least this, and at most 1 le
 Five = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+@in_words({"target_tokens": "labels"})
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0, *, inplace: bool = False) -> Tensor:
     """``openrlhf.models.utils.log_probs_from_logits``: (...) float32, of logits (..., V), which stay as they are.
 
@@ -42,6 +45,17 @@ def compute_entropy(logits: Tensor) -> Tensor:
     return entropy
 
 
+@in_words(
+    dict(
+        logprobs="log_probs",
+        old_logprobs="old_log_probs",
+        **dict.fromkeys(("weights", "mask"), "action_mask"),
+        importance_weights="rollout_log_probs",
+        clip_low_threshold="1 - clip_eps_low",
+        clip_high_threshold="1 + clip_eps_high",
+        denominator="batch_num_tokens or global_batch_size",
+    )
+)
 def policy_loss(
     self: Any,
     log_probs: Tensor,
@@ -84,7 +98,8 @@ def policy_loss(
     mismatch = filtered = None
     if self.policy_loss_type == "gspo":
         sampled = rollout_log_probs if corrected else old_log_probs
-        value, outputs = loss(sampled, ratio_gradient="sequence")
+        with called({"old_logprobs": "rollout_log_probs"}) if corrected else nullcontext():
+            value, outputs = loss(sampled, ratio_gradient="sequence")
     elif self.policy_loss_type == "ppo":
         importance = None
         if corrected:

@@ -25,6 +25,7 @@ import fused_losses
 from .. import on_logprobs
 from ..importance_weights import masked_importance_weights
 from ..linear_head import LinearHead
+from ._names import called, in_words
 from .slots import Slot, Slots
 
 
@@ -60,6 +61,9 @@ _TAKEN = {
 }
 
 
+_OF_INPUTS = {"logprobs": "trainer_logprobs", "old_logprobs": "inference_logprobs", "weights": "loss_weights"}
+
+
 def _loss(name: str) -> Loss:
     function = getattr(on_logprobs, name)
     known = [key for key in inspect.signature(function).parameters if key not in _TAKEN]
@@ -69,16 +73,17 @@ def _loss(name: str) -> Loss:
             if key not in known:
                 why = f": {_TAKEN[key]}" if key in _TAKEN else ""
                 raise ValueError(f"trainer.loss.kwargs of {name} takes {', '.join(known)}, got {key}{why}")
-        value, outputs = function(
-            inputs.trainer_logprobs,
-            inputs.inference_logprobs,
-            inputs.advantages,
-            ref_logprobs=inputs.ref_logprobs,
-            weights=_weights(inputs),
-            reduction="sum",
-            return_outputs=True,
-            **options,
-        )
+        with called(_OF_INPUTS):
+            value, outputs = function(
+                inputs.trainer_logprobs,
+                inputs.inference_logprobs,
+                inputs.advantages,
+                ref_logprobs=inputs.ref_logprobs,
+                weights=_weights(inputs),
+                reduction="sum",
+                return_outputs=True,
+                **options,
+            )
         return LossOutputs(value, outputs.metrics)
 
     loss.__name__ = loss.__qualname__ = name
@@ -101,6 +106,7 @@ dppo_kl = _loss("dppo_kl")
 vespo = _loss("vespo")
 
 
+@in_words(_OF_INPUTS | {"ref_logprobs": "inference_logprobs", "importance_weights": "adv_tau", "kl_coef": "2 * kl_tau"})
 def ipo(inputs: LossInputs, *, eps: float = 0.1, adv_tau: float = 1.0, kl_tau: float = 1e-3) -> LossOutputs:
     """prime-rl's own default loss, with its numbers and metrics:
 
@@ -125,6 +131,7 @@ def ipo(inputs: LossInputs, *, eps: float = 0.1, adv_tau: float = 1.0, kl_tau: f
     return LossOutputs(value, _mismatch(inputs, moved))
 
 
+@in_words(_OF_INPUTS | {"sampler_logprobs": "inference_logprobs", "low": "ratio_low", "high": "ratio_high"})
 def icepop(inputs: LossInputs, *, ratio_low: float, ratio_high: float, adv_tau: float = 1.0) -> LossOutputs:
     """``-adv_tau A r`` where the ratio r of trainer and sampler is within [ratio_low, ratio_high], else 0."""
     trainer_logprobs = inputs.trainer_logprobs.detach()
@@ -168,6 +175,7 @@ def _mismatch(inputs: LossInputs, rejected: Tensor) -> dict[str, Tensor]:
 _TILE = 8192 * 4  # bytes of a token in prime-rl's tiles of 8192 classes, float32
 
 
+@in_words({"hidden": "hidden_states", "target_tokens": "labels", "chunk_bytes": f"{_TILE} * chunk_size"})
 def fused_output_linear(
     self: Any,
     hidden_states: Tensor,

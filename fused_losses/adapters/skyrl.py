@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .. import logprobs, on_logprobs, statistics
 from ..objectives import binary_kl
+from ._names import called, in_words
 from .slots import Slot, Slots
 from .verl import overwritable
 
@@ -38,10 +40,12 @@ class _Read(NamedTuple):
     entropy: Tensor
 
 
+_OF_LOGITS = {"target_tokens": "labels"}
 _last: list[_Read] = []  # one, or none
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+@in_words(_OF_LOGITS)
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Logprob of each label: ``log_softmax(logits)[label]``, in float32 for any dtype of the logits.
 
@@ -58,6 +62,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+@in_words(_OF_LOGITS)
 def logprobs_not_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """The same for ``install(inplace=False)``, whatever the framework allows."""
     return _observed(logits, labels, False)
@@ -109,8 +114,25 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 
 _CLAMP = 20.0  # of log ratios, where SkyRL has one
 _LARGEST_SEQUENCE_RATIO = 22026.4657948  # e^10
+_OF_POLICY = dict(
+    logprobs="log_probs",
+    old_logprobs="old_log_probs",
+    **dict.fromkeys(("weights", "sequence_ratio_mask"), "loss_mask"),
+    importance_weights="rollout_logprobs",
+    clip_low_threshold="1 - eps_clip_low",
+    clip_high_threshold="1 + eps_clip_high",
+    dual_clip="clip_ratio_c",
+    tau_positive="sapo.tau_pos",
+    tau_negative="sapo.tau_neg",
+)
+_OF_CISPO = {
+    "clip_low_threshold": "1 - cispo.cispo_eps_clip_low",
+    "clip_high_threshold": "1 + cispo.cispo_eps_clip_high",
+}
+_OF_ROLLOUT = {"old_logprobs": "rollout_logprobs"}
 
 
+@in_words(_OF_POLICY)
 def regular(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -136,6 +158,7 @@ def regular(
     return _clipped(_Given(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs), None)
 
 
+@in_words(_OF_POLICY)
 def dual_clip(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -168,6 +191,7 @@ def _clipped(given: _Given, bound: float | None) -> tuple[Tensor, dict[str, floa
     return loss, {"clip_ratio": given.mean(given.beyond(ratio)), **corrected.metrics}
 
 
+@in_words(_OF_POLICY)
 def gspo(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -197,6 +221,7 @@ def gspo(
     return loss, {"clip_ratio": given.mean(given.beyond(ratio)), **corrected.metrics}
 
 
+@in_words(_OF_POLICY)
 def sapo(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -220,6 +245,7 @@ def sapo(
     return loss, {"clip_ratio": 0.0, **corrected.metrics}
 
 
+@in_words(_OF_POLICY | _OF_CISPO)
 def cispo(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -243,15 +269,16 @@ def cispo(
         anchor = given.rollout("cispo with cispo_anchor='rollout'")
     low, high = max(1 - config.cispo.cispo_eps_clip_low, 0.0), 1 + config.cispo.cispo_eps_clip_high
     corrected = given.corrected()
-    loss = on_logprobs.cispo(
-        log_probs,
-        anchor,
-        advantages,
-        clip_low_threshold=low,
-        clip_high_threshold=high,
-        log_ratio_clamp=_CLAMP,
-        **corrected.keywords,
-    )
+    with given.names(anchor):
+        loss = on_logprobs.cispo(
+            log_probs,
+            anchor,
+            advantages,
+            clip_low_threshold=low,
+            clip_high_threshold=high,
+            log_ratio_clamp=_CLAMP,
+            **corrected.keywords,
+        )
     ratio = given.ratio(anchor)
     active = given.active
     seen = active if active.any() else torch.ones_like(active)  # of no token, SkyRL gives the extremes of all
@@ -265,6 +292,7 @@ def cispo(
     return loss, metrics | corrected.metrics
 
 
+@in_words(_OF_POLICY | _OF_ROLLOUT)
 def rollout_is(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -294,6 +322,7 @@ def rollout_is(
     return loss, {"clip_ratio": given.mean(~within), **corrected.metrics}
 
 
+@in_words(_OF_POLICY)
 def dppo(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -309,7 +338,10 @@ def dppo(
     anchor = old_log_probs if rollout_logprobs is None else rollout_logprobs
     trusted = _trusted(log_probs.detach(), anchor, advantages, config.dppo)
     corrected = given.corrected(trusted)
-    loss = on_logprobs.importance_sampling(log_probs, anchor, advantages, log_ratio_clamp=_CLAMP, **corrected.keywords)
+    with given.names(anchor):
+        loss = on_logprobs.importance_sampling(
+            log_probs, anchor, advantages, log_ratio_clamp=_CLAMP, **corrected.keywords
+        )
     return loss, {"clip_ratio": given.mean(~trusted), **corrected.metrics}
 
 
@@ -327,6 +359,7 @@ def _trusted(logp: Tensor, anchor: Tensor, advantages: Tensor, config: Any) -> T
     return ~(too_likely | too_unlikely)
 
 
+@in_words(_OF_POLICY)
 def cross_entropy(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -340,6 +373,7 @@ def cross_entropy(
     return loss, {"clip_ratio": 0.0}
 
 
+@in_words(_OF_POLICY)
 def importance_sampling(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -389,6 +423,10 @@ class _Given(NamedTuple):
         if self.rollout_logprobs is None:
             raise ValueError(f"{what} needs rollout_logprobs, got None")
         return self.rollout_logprobs
+
+    def names(self, anchor: Tensor) -> AbstractContextManager[None]:
+        """What the anchor is called, which may be either's logprobs."""
+        return called(_OF_ROLLOUT) if anchor is self.rollout_logprobs else nullcontext()
 
     def ratio(self, anchor: Tensor) -> Tensor:
         return (self.log_probs.detach() - anchor).float().clamp(-_CLAMP, _CLAMP).exp()

@@ -20,6 +20,7 @@ import fused_losses  # its losses are looked up when called: it imports this mod
 from ..composition import WithDerivative
 from ..problem import BackendName
 from ._custom_graph import CustomLoss, custom_loss
+from ._names import called
 
 
 class ComputeResult(NamedTuple):
@@ -112,7 +113,7 @@ def compute(
     Raises:
         TypeError, ValueError: no loss has that name, or it is "stable_reinforce", whose formula is not published; a key
             is unknown, missing, or given both per token and in the config; ``custom`` has an operation that is not
-            evaluated here; or what the loss itself raises, which names ``logprobs`` as ``old_logprobs``.
+            evaluated here; or what the loss itself raises.
         RuntimeError: the named backend can't run here.
     """
     config = {} if loss_fn_config is None else loss_fn_config
@@ -137,7 +138,8 @@ def compute(
     inputs = {key: _tensor(key, value, device) for key, value in loss_fn_inputs.items()}
     if "logprobs" in inputs:
         inputs["old_logprobs"] = inputs.pop("logprobs")
-    value, outputs = _bound(loss_fn)(logits, **{**inputs, **config}, backend=backend, return_outputs=True)
+    with called({"old_logprobs": "logprobs"}):
+        value, outputs = _bound(loss_fn)(logits, **{**inputs, **config}, backend=backend, return_outputs=True)
     return ComputeResult(value, outputs.logprobs, {"loss:sum": value.detach()})
 
 

@@ -13,9 +13,10 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -24,9 +25,12 @@ from torch import Tensor
 
 from .. import checks, losses
 from ..linear_head import LinearHead
+from ._names import called
 
 # options of torch's cross entropy, which transformers' ForCausalLMLoss takes among its **kwargs and does not look at
 _OPTIONS = ("weight", "label_smoothing", "reduction", "size_average", "reduce")
+_OF_LABELS = {"target_tokens": "shifted labels", "denominator": "num_items_in_batch"}
+_OF_SHIFTED = {"target_tokens": "shift_labels", "denominator": "num_items_in_batch"}
 _CPU_BYTES = 1 << 28  # a CPU's products are as fast in few rows, and its caches are small
 
 
@@ -72,6 +76,7 @@ def causal_lm_loss(
         raise TypeError(f"{refused[0]} is not taken by causal_lm_loss: transformers' ForCausalLMLoss would ignore it")
     if logits.shape[-1] != vocab_size:
         raise ValueError(f"vocab_size must be that of logits, {logits.shape[-1]}, got {vocab_size}")
+    names = _OF_LABELS if shift_labels is None else _OF_SHIFTED
     if shift_labels is None:
         if labels is None:
             raise TypeError("labels must be a tensor where shift_labels are not given, got None")
@@ -84,15 +89,16 @@ def causal_lm_loss(
         given, logit_scale, softcap = logits.head, logits.logit_scale, logits.softcap
     else:
         given, logit_scale, softcap = logits, 1.0, None
-    return losses.cross_entropy(
-        given,
-        shift_labels.reshape(tokens).to(logits.device),
-        denominator=_denominator(num_items_in_batch, logits.device),
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        upstream=upstream,
-    )
+    with called(names):
+        return losses.cross_entropy(
+            given,
+            shift_labels.reshape(tokens).to(logits.device),
+            denominator=_denominator(num_items_in_batch, logits.device),
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            upstream=upstream,
+        )
 
 
 def compute_loss_func(
@@ -291,20 +297,25 @@ class Fused(NamedTuple):
             labels = args[place - 1] if len(args) >= place else kwargs.get("labels")
             if labels is None or not (model.training or self.evaluation):
                 return own(model, *args, **kwargs)
-            head = PendingHead(getattr(model, self.head), type(model).__name__, self.options)
-            with _instead(model, {self.head: head, "_loss_function": self.loss_function(model)}):
-                return _without_logits(own(model, *args, **kwargs))
+            with _alone(model):
+                head = PendingHead(getattr(model, self.head), type(model).__name__, self.options)
+                with _instead(model, {self.head: head, "_loss_function": self.loss_function(model)}):
+                    return _without_logits(own(model, *args, **kwargs))
 
         return forward
 
 
 class PendingHead:
-    """A head whose call gives :class:`PendingLogits`; all else is as in the module."""
+    """A head whose call gives :class:`PendingLogits`; all else is as in the module, and so is its call in another
+    thread than the one that it was made in."""
 
     def __init__(self, module: torch.nn.Module, model: str, options: Mapping[str, Any]):
         self.module, self.model, self.options = module, model, options
+        self.thread = _thread()
 
-    def __call__(self, hidden: Tensor) -> PendingLogits:
+    def __call__(self, hidden: Tensor) -> PendingLogits | Tensor:
+        if self.thread != _thread():
+            return self.module(hidden)  # type: ignore[no-any-return]
         options = dict(self.options)
         if options["chunk_bytes"] is None and hidden.is_cpu:
             options["chunk_bytes"] = _CPU_BYTES
@@ -365,6 +376,18 @@ class PendingLogits:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.model}: {name} of logits, which fused_losses does not make: remove(model) first")
+
+
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _alone(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """While no other thread exchanges the model's attributes. In a graph none are exchanged, and it has no locks."""
+    return nullcontext() if torch.compiler.is_dynamo_compiling() else _LOCKS.setdefault(model, threading.RLock())
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 import fused_losses
 
 from ..linear_head import LinearHead
+from ._names import in_words
 from .slots import Slot, Slots
 
 OUTPUTS: dict[str, Literal["logprobs", "entropy", "log_sum_squares", "mean_logit", "top1"]] = {  # TRL's name: ours
@@ -31,6 +32,12 @@ OUTPUTS: dict[str, Literal["logprobs", "entropy", "log_sum_squares", "mean_logit
 }
 _BYTES_PER_COLUMN = 4096 * 4  # TRL's tiles are 4096 tokens by chunk_size classes; of float32
 _SKIPPED = -(2**31)  # an index that nobody gives, as -100 would be an error of the caller's in TRL
+_OF_HEAD = {
+    "target_tokens": "targets",
+    "softcap": "final_logit_softcapping",
+    "chunk_bytes": f"{_BYTES_PER_COLUMN} * chunk_size",
+}
+_OF_LOGITS = {"target_tokens": "index"}
 _HALVES = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALVES)
 
@@ -42,6 +49,7 @@ class ChunkedLogProb:
         """logits_dtype: as of :class:`fused_losses.LinearHead`."""
         self.logits_dtype = logits_dtype
 
+    @in_words(_OF_HEAD)
     def apply(
         self,
         hidden: Tensor,
@@ -97,6 +105,7 @@ class ChunkedLogProb:
         return cast(Tensor, seen.logprobs), seen.entropy, seen.log_sum_squares, seen.mean_logit, seen.top1
 
 
+@in_words(_OF_LOGITS)
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -121,6 +130,7 @@ def selective_log_softmax(
     return fused_losses.logprobs(logits, index, temperature=temperature, ignore_index=_SKIPPED)
 
 
+@in_words(_OF_LOGITS)
 def selective_log_softmax_and_entropy(
     logits: Tensor,
     index: Tensor,

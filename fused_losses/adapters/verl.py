@@ -22,13 +22,17 @@ from torch import Tensor
 
 from .. import LinearHead, VocabShard, aggregation, checks, logprobs, on_logprobs, statistics
 from ..objectives import binary_kl
+from ._names import in_words
 from .slots import Slot, Slots, installed
 
 MADE_FOR = "0.9.1"
 
 # ---- Logprobs and entropy of logits ----
 
+_OF_LOGITS = {"target_tokens": "labels"}
 
+
+@in_words(_OF_LOGITS)
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Logprob of each label: ``log_softmax(logits)[label]``, in float32 for any dtype of the logits.
 
@@ -56,6 +60,7 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
     return entropy_from_logits(logits)
 
 
+@in_words({"hidden": "hidden_states", "weight": "vocab_weights", "target_tokens": "input_ids"})
 def fused_linear_for_ppo(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +91,11 @@ _CHUNK_SIZE = 512
 
 # ---- The vocabulary over the ranks of tensor parallelism ----
 
+_OF_SHARD = {"local_logits": "logits", "target_tokens": "labels"}
+_OF_SHARD_ALONE = {"local_logits": "vocab_parallel_logits", "logits": "vocab_parallel_logits"}
 
+
+@in_words(_OF_SHARD)
 def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Logprob of each label, (...) float32, where each rank of Megatron's tensor-parallel group has (..., V / ranks) of
     the logits. The logits stay as they are.
@@ -94,6 +103,7 @@ def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tens
     return logprobs(_vocab_shard(logits), labels)
 
 
+@in_words(_OF_SHARD_ALONE)
 def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
     """Entropy of each row of logits that are sharded in the same way, (...) float32, differentiable."""
     return _entropy(_vocab_shard(vocab_parallel_logits), vocab_parallel_logits.shape[:-1])
@@ -134,8 +144,26 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 _CLAMP = 20.0  # of log ratios, where verl has one
 _LARGEST_SEQUENCE_RATIO = math.exp(10.0)
+_MEAN_OF_SEQUENCES = "seq-mean-token-mean"
+_LOW, _HIGH = "clip_ratio_low (or clip_ratio)", "clip_ratio_high (or clip_ratio)"
+_OF_POLICY = dict(
+    logprobs="log_prob",
+    old_logprobs="old_log_prob",
+    importance_weights="rollout_is_weights",
+    **dict.fromkeys(("weights", "mask", "sequence_ratio_mask"), "response_mask"),
+    clip_low_threshold=f"1 - {_LOW}",
+    clip_high_threshold=f"1 + {_HIGH}",
+    **dict.fromkeys(("dual_clip", "ratio_cap"), "clip_ratio_c"),
+    divergence_low=_LOW,
+    divergence_high=_HIGH,
+    tau_positive="tau_pos",
+    tau_negative="tau_neg",
+    beta="policy_loss.dro_beta",
+)
+_OF_GEO_MEAN = {"clip_low_threshold": f"exp(-{_LOW})", "clip_high_threshold": f"exp({_HIGH})"}
 
 
+@in_words(_OF_POLICY)
 def vanilla(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -179,6 +207,7 @@ def vanilla(
     return loss, given.metrics(given.clipped(ratio), log_ratio, beyond_dual_clip)
 
 
+@in_words(_OF_POLICY)
 def gspo(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -208,19 +237,21 @@ def gspo(
     return loss, given.metrics(given.clipped(ratio), log_ratio)
 
 
+@in_words(_OF_POLICY)
 def sapo(
     old_log_prob: Tensor,
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean",
+    loss_agg_mode: str = _MEAN_OF_SEQUENCES,
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.sapo` with ``tau_pos`` and ``tau_neg``, as verl's "sapo"; arguments as in :func:`vanilla`.
 
-    As there, the reduction is "seq-mean-token-mean" whatever ``loss_agg_mode`` is.
+    ``loss_agg_mode`` must be "seq-mean-token-mean": that is the reduction in verl, whatever it is told.
     """
+    _check_mean_of_sequences("sapo", loss_agg_mode)
     given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.sapo(
         log_prob,
@@ -230,11 +261,20 @@ def sapo(
         tau_negative=config.tau_neg,
         log_ratio_clamp=_CLAMP,
         importance_weights=rollout_is_weights,
-        **given.reduction("seq-mean-token-mean"),
+        **given.reduction(loss_agg_mode),
     )
     return loss, given.metrics(None, given.log_ratio().clamp(-_CLAMP, _CLAMP))
 
 
+def _check_mean_of_sequences(loss: str, loss_agg_mode: str) -> None:
+    if loss_agg_mode != _MEAN_OF_SEQUENCES:
+        raise ValueError(
+            f'loss_agg_mode must be "{_MEAN_OF_SEQUENCES}" with {loss}, which verl reduces so whatever it is told, '
+            f"got {loss_agg_mode!r}"
+        )
+
+
+@in_words(_OF_POLICY)
 def cispo(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -262,6 +302,7 @@ def cispo(
     return loss, given.metrics((ratio < low) | (ratio > high), log_ratio)
 
 
+@in_words(_OF_POLICY)
 def dro(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -287,20 +328,23 @@ def dro(
     return loss, given.kl_metric()
 
 
+@in_words(_OF_POLICY | _OF_GEO_MEAN)
 def geo_mean(
     old_log_prob: Tensor,
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
+    loss_agg_mode: str = _MEAN_OF_SEQUENCES,
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.gmpo` with bounds on the log ratio, as verl's "geo_mean"; arguments as in :func:`vanilla`.
 
-    As there, the reduction is the mean over all sequences whatever ``loss_agg_mode`` is, and a sequence is multiplied
-    by the geometric mean of its ``rollout_is_weights``. Its tokens' advantages are one number: their mean is taken.
+    ``loss_agg_mode`` must be "seq-mean-token-mean": the reduction in verl, whatever it is told, is the mean over all
+    sequences, those without a token that counts among them. A sequence is multiplied by the geometric mean of its
+    ``rollout_is_weights``. Its tokens' advantages are one number: their mean is taken.
     """
+    _check_mean_of_sequences("geo_mean", loss_agg_mode)
     given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.clip_ratios()
     of_sequences = aggregation.trl(given.active, "grpo")  # that mean, by TRL's name
@@ -321,6 +365,7 @@ def geo_mean(
     return loss, given.metrics(outside & (advantages > 0), log_ratio, outside & (advantages < 0))
 
 
+@in_words(_OF_POLICY)
 def gpg(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -338,6 +383,7 @@ def gpg(
     return loss, {}
 
 
+@in_words(_OF_POLICY)
 def dppo_tv(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -355,6 +401,7 @@ def dppo_tv(
     return _dppo(on_logprobs.dppo_tv, given, divergence, loss_agg_mode)
 
 
+@in_words(_OF_POLICY)
 def dppo_kl(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -392,6 +439,7 @@ def _dppo(
     return loss, given.metrics(dropped, log_ratio, (log_ratio.exp() > ratio_cap) & ~dropped)
 
 
+@in_words(_OF_POLICY)
 def importance_sampling(
     old_log_prob: Tensor,
     log_prob: Tensor,

@@ -8,6 +8,9 @@ import inspect
 import io
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -300,6 +303,85 @@ def test_copies_and_what_is_saved(llama):
     loaded = torch.load(kept, weights_only=False)
     ours.install(loaded)
     assert_same(gradients(loaded), wanted)
+
+
+def test_a_second_backward_says_what_the_models_caller_can_do(llama):
+    ours.install(llama)
+    loss = llama(**runs.batch()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward .* call the loss anew, or the model or trainer that"):
+        loss.backward()
+    llama(**runs.batch()).loss.backward()
+
+
+def test_two_threads_train_with_one_model(llama):
+    """The first is done while the second is in its forward; were they there together, each would undo the other's."""
+    ours.install(llama)
+    batch, wanted = runs.batch(), llama(**runs.batch()).loss.item()
+    second_is_in, first_is_done = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread().name == "first":
+            second_is_in.wait(0.3)
+        else:
+            second_is_in.set()
+            first_is_done.wait(0.3)
+
+    llama.model.register_forward_pre_hook(wait)
+
+    def first():
+        try:
+            return llama(**batch)
+        finally:
+            first_is_done.set()
+
+    one, other = in_threads(first=first, second=lambda: llama(**batch))
+    assert one.loss.item() == other.loss.item() == wanted
+    assert one.logits is other.logits is None
+    assert "lm_head" not in vars(llama)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_thread_that_evaluates_has_the_models_own_logits(llama, labels):
+    batch = runs.batch()
+    given = batch if labels else {"input_ids": batch["input_ids"]}
+    wanted = llama(**given)
+    ours.install(llama)
+    trains, evaluated = threading.Event(), threading.Event()
+
+    def wait(module, args):
+        if threading.current_thread().name == "first":
+            llama.training = False  # in the trunk already: what else asks is the other thread
+            trains.set()
+            evaluated.wait(10)
+
+    llama.model.register_forward_pre_hook(wait)
+
+    def evaluate():
+        trains.wait(10)
+        try:
+            return llama(**given)
+        finally:
+            evaluated.set()
+
+    _, seen = in_threads(first=lambda: llama(**batch), second=evaluate)
+    assert torch.equal(seen.logits, wanted.logits)
+    if labels:
+        assert comparison.difference(wanted.loss, seen.loss) <= 1e-6
+
+
+def in_threads(**functions):
+    """What they return, each run in a thread of its name."""
+    with ExitStack() as stack:
+        running = []
+        for name, function in functions.items():
+            pool = stack.enter_context(ThreadPoolExecutor(1, initializer=rename_thread, initargs=(name,)))
+            running.append(pool.submit(function))
+        return [each.result(30) for each in running]
+
+
+def rename_thread(name):
+    threading.current_thread().name = name
 
 
 def test_a_second_call_changes_the_options(llama):

@@ -189,9 +189,9 @@ trl.install()
     ("message", "changed"),
     [
         ("outputs must be some of log_probs, .*, got 'entropies'", {"outputs": ("log_probs", "entropies")}),
-        ("chunk_bytes must be greater than 0", {"chunk_size": 0}),
+        (r"16384 \* chunk_size must be greater than 0", {"chunk_size": 0}),
         ("temperature must be greater than 0 and finite, got 0", {"temperature": 0.0}),
-        ("softcap must be greater than 0 and finite, got 0", {"softcap": 0.0}),
+        ("final_logit_softcapping must be greater than 0 and finite, got 0", {"softcap": 0.0}),
         ("logit_scale must be greater than 0 and finite, got 0", {"scale": 0.0}),
     ],
 )
@@ -222,8 +222,8 @@ def test_other_devices_are_refused_by_name(device):
     [
         ("row_mask must have the shape of index", torch.zeros(2, 3, dtype=torch.int64), {"row_mask": torch.ones(2)}),
         ("temperature", torch.zeros(2, 3, dtype=torch.int64), {"temperature": 0.0}),
-        ("target_tokens must .* got -100", torch.full((2, 3), -100), {}),
-        ("target_tokens must .* got 1009", torch.full((2, 3), V), {}),
+        ("index must .* got -100", torch.full((2, 3), -100), {}),
+        ("index must .* got 1009", torch.full((2, 3), V), {}),
     ],
 )
 @pytest.mark.parametrize("function", [adapter.selective_log_softmax, adapter.selective_log_softmax_and_entropy])
