@@ -144,7 +144,6 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 _CLAMP = 20.0  # of log ratios, where verl has one
 _LARGEST_SEQUENCE_RATIO = math.exp(10.0)
-_MEAN_OF_SEQUENCES = "seq-mean-token-mean"
 _LOW, _HIGH = "clip_ratio_low (or clip_ratio)", "clip_ratio_high (or clip_ratio)"
 _OF_POLICY = dict(
     logprobs="log_prob",
@@ -243,15 +242,14 @@ def sapo(
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    loss_agg_mode: str = _MEAN_OF_SEQUENCES,
+    loss_agg_mode: str = "seq-mean-token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.sapo` with ``tau_pos`` and ``tau_neg``, as verl's "sapo"; arguments as in :func:`vanilla`.
 
-    ``loss_agg_mode`` must be "seq-mean-token-mean": that is the reduction in verl, whatever it is told.
+    As there, the reduction is "seq-mean-token-mean" whatever ``loss_agg_mode`` is.
     """
-    _check_mean_of_sequences("sapo", loss_agg_mode)
     given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.sapo(
         log_prob,
@@ -261,17 +259,9 @@ def sapo(
         tau_negative=config.tau_neg,
         log_ratio_clamp=_CLAMP,
         importance_weights=rollout_is_weights,
-        **given.reduction(loss_agg_mode),
+        **given.reduction("seq-mean-token-mean"),
     )
     return loss, given.metrics(None, given.log_ratio().clamp(-_CLAMP, _CLAMP))
-
-
-def _check_mean_of_sequences(loss: str, loss_agg_mode: str) -> None:
-    if loss_agg_mode != _MEAN_OF_SEQUENCES:
-        raise ValueError(
-            f'loss_agg_mode must be "{_MEAN_OF_SEQUENCES}" with {loss}, which verl reduces so whatever it is told, '
-            f"got {loss_agg_mode!r}"
-        )
 
 
 @in_words(_OF_POLICY)
@@ -334,17 +324,15 @@ def geo_mean(
     log_prob: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    loss_agg_mode: str = _MEAN_OF_SEQUENCES,
+    loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.gmpo` with bounds on the log ratio, as verl's "geo_mean"; arguments as in :func:`vanilla`.
 
-    ``loss_agg_mode`` must be "seq-mean-token-mean": the reduction in verl, whatever it is told, is the mean over all
-    sequences, those without a token that counts among them. A sequence is multiplied by the geometric mean of its
-    ``rollout_is_weights``. Its tokens' advantages are one number: their mean is taken.
+    As there, the reduction is the mean over all sequences whatever ``loss_agg_mode`` is, and a sequence is multiplied
+    by the geometric mean of its ``rollout_is_weights``. Its tokens' advantages are one number: their mean is taken.
     """
-    _check_mean_of_sequences("geo_mean", loss_agg_mode)
     given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     low, high = given.clip_ratios()
     of_sequences = aggregation.trl(given.active, "grpo")  # that mean, by TRL's name

@@ -17,7 +17,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
 from fused_losses.adapters import slots
 from fused_losses.adapters import verl as adapter
-from fused_losses.adapters.comparisons.verl import MEANS_OF_SEQUENCES, config, numbers, tokens
+from fused_losses.adapters.comparisons.verl import config, numbers, tokens
 
 B, T, V = 4, 9, 211
 IMPORTER = "verl.workers.rollout.naive.naive_rollout"
@@ -326,8 +326,7 @@ def test_through_verls_ppo_loss(mode, monkeypatch):
             ref_log_prob=given["old_log_prob"] - 0.1,
         )
         policy_loss = SimpleNamespace(get=lambda name, default: loss_mode, dro_beta=0.1)
-        reduction = MEANS_OF_SEQUENCES.get(mode, "token-mean")
-        made = config(policy_loss=policy_loss, use_kl_loss=True, entropy_coeff=0.01, loss_agg_mode=reduction)
+        made = config(policy_loss=policy_loss, use_kl_loss=True, entropy_coeff=0.01)
         loss, metrics = losses.ppo_loss(made, {"log_probs": log_prob, "entropy": entropy}, data)
         loss.backward()
         values = {name: value.values if hasattr(value, "values") else value for name, value in metrics.items()}
@@ -351,10 +350,6 @@ def test_what_a_config_may_not_say():
         adapter.dro(**tokens(), config=config(policy_loss=SimpleNamespace(dro_beta=None)))
     with pytest.raises(ValueError, match=r"loss_agg_mode must be one of .*got 'mean'"):
         adapter.vanilla(**tokens(), loss_agg_mode="mean", config=config())
-    for mode in MEANS_OF_SEQUENCES:
-        for agg in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "mean"):
-            with pytest.raises(ValueError, match=rf'loss_agg_mode must be "seq-mean-token-mean" with {mode}.*{agg}'):
-                adapter.POLICY_LOSSES[mode](**tokens(), loss_agg_mode=agg, config=config())
     with pytest.raises(ValueError, match="batch_num_tokens is needed with dp_size > 1"):
         adapter.vanilla(**tokens(), config=config(global_batch_info={"dp_size": 2, "batch_num_tokens": None}))
     with pytest.raises(TypeError, match="cp_size"):  # more of a global batch than is known here

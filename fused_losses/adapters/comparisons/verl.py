@@ -142,20 +142,16 @@ def given(mode: str) -> dict[str, Any]:
     return tokens(sequence_advantages=mode == "geo_mean")
 
 
-MEANS_OF_SEQUENCES = dict.fromkeys(("sapo", "geo_mean"), "seq-mean-token-mean")  # which verl has whatever it is told
-
-
 def loss_cases(mode: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    reduction = MEANS_OF_SEQUENCES.get(mode, "token-mean")
-    yield reduction, {"loss_agg_mode": reduction, "config": config()}
+    yield "token-mean", {"loss_agg_mode": "token-mean", "config": config()}
     if mode in ("vanilla", "gspo"):
         for agg in ("token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
             yield f"{agg}, dp 2", {"loss_agg_mode": agg, "config": config(global_batch_info=GLOBAL)}
     torch.manual_seed(2)
     weights = 2 * torch.rand(B, T)
-    yield "rollout_is_weights", {"loss_agg_mode": reduction, "config": config(), "rollout_is_weights": weights}
+    yield "rollout_is_weights", {"loss_agg_mode": "token-mean", "config": config(), "rollout_is_weights": weights}
     if mode.startswith("dppo"):
         narrow = config(clip_ratio_low=0.02, clip_ratio_high=0.01, clip_ratio_c=1.3)
         yield "narrow bounds", {"loss_agg_mode": "token-mean", "config": narrow}
     one_clip_ratio = config(clip_ratio_low=None, clip_ratio_high=None, clip_ratio=1.5)
-    yield "clip_ratio above 1", {"loss_agg_mode": reduction, "config": one_clip_ratio}
+    yield "clip_ratio above 1", {"loss_agg_mode": "token-mean", "config": one_clip_ratio}
