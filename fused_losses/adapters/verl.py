@@ -248,7 +248,7 @@ def sapo(
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`fused_losses.sapo` with ``tau_pos`` and ``tau_neg``, as verl's "sapo"; arguments as in :func:`vanilla`.
 
-    As there, the reduction is "seq-mean-token-mean" whatever ``loss_agg_mode`` is.
+    As there, the reduction is "seq-mean-token-mean" whatever ``loss_agg_mode`` is, which verl's entropy and KL follow.
     """
     given = _given(old_log_prob, log_prob, advantages, response_mask, config, rollout_is_weights)
     loss = on_logprobs.sapo(
