@@ -621,18 +621,24 @@ BUGS = {
     # on chip: numbers of the tokens ahead
     "numbers over this token's": (
         "cuda/kernels.cuh",
-        "fetch_token(slot == 0 ? 2 : slot - 1, turns.row());",
+        "fetch_token(ring_slot(slot, 3), turns.row());",
         "fetch_token(slot, turns.row());",
     ),
     "numbers over the next token's": (
         "cuda/kernels.cuh",
-        "fetch_token(slot == 0 ? 2 : slot - 1, turns.row());",
+        "fetch_token(ring_slot(slot, 3), turns.row());",
         "fetch_token(next_slot, turns.row());",
     ),
-    "numbers one row behind": (
+    "numbers over those of the row after the next": (
         "cuda/kernels.cuh",
-        "            turns.advance();\n            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n",
-        "            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());\n            turns.advance();\n",
+        "fetch_token(ring_slot(slot, 3), turns.row());",
+        "fetch_token(ring_slot(slot, 2), turns.row());",
+    ),
+    "a ring of one row less": ("cuda/token_ring.cuh", "kRingTokens = 4;", "kRingTokens = 3;"),
+    "numbers one row ahead": (
+        "cuda/kernels.cuh",
+        "            fetch_token(ring_slot(slot, 3), turns.row());\n            turns.advance();\n",
+        "            turns.advance();\n            fetch_token(ring_slot(slot, 3), turns.row());\n",
     ),
     "numbers beyond the last row": ("cuda/kernels.cuh", "if (i < n) ring.fetch(slot, i);", "ring.fetch(slot, i);"),
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
@@ -688,10 +694,16 @@ BUGS = {
     # on chip: the next row, prepared by one warp
     "prepared before its numbers are seen": (
         "cuda/kernels.cuh",
-        "        __syncwarp();\n        Prepared",
-        "        Prepared",
+        "        __syncwarp();\n        const int i = shared",
+        "        const int i = shared",
     ),
-    "prepared over this row": ("cuda/kernels.cuh", "prepare(next_slot, turns.row());", "prepare(slot, turns.row());"),
+    "prepared over this row": ("cuda/kernels.cuh", "prepare(next_slot);", "prepare(slot);"),
+    "prepared before its numbers have come": (
+        "cuda/kernels.cuh",
+        "prepare(next_slot);",
+        "prepare(ring_slot(slot, 2));",
+    ),
+    "the number of a row not kept": ("cuda/kernels.cuh", "if (first_lane) shared.prepared[slot].row = i;", ""),
     "the gradient's row for the logits'": (
         "cuda/kernels.cuh",
         "to.grad = row_of(p.grad, i);",
@@ -704,8 +716,8 @@ BUGS = {
     "a row left out between turns": ("cuda/kernels.cuh", "first_ += teams_;", "first_ += teams_ + 1;"),
     "the first row twice": (
         "cuda/kernels.cuh",
-        "        turns.advance();\n        fetch_token(1,",
-        "        fetch_token(1,",
+        "++slot, turns.advance()) fetch_token",
+        "++slot) fetch_token",
     ),
     "one level of strides": (
         "cuda/kernels.cuh",
@@ -785,6 +797,23 @@ BUGS = {
         "sum_row<Sums>(logits, vocab,",
     ),
     "a whole row of zeros": ("cuda/kernels.cuh", "zero_row(grad, part.size);", "zero_row(grad, vocab);"),
+    "a whole masked row of zeros": (
+        "cuda/kernels.cuh",
+        "zero_row(in_global(now.grad), part.size);",
+        "zero_row(in_global(now.grad), vocab);",
+    ),
+    "a row's partials over the normaliser's": (
+        "cuda/kernels.cuh",
+        "        team.barrier();  // its partials lie",
+        "        // its partials lie",
+    ),
+    "the other block's partials over the normaliser's": (
+        "cuda/kernels.cuh",
+        "        team.barrier();  // its partials lie",
+        "        __syncthreads();  // its partials lie",
+    ),
+    "no zeros for a masked row": ("cuda/kernels.cuh", "zero_row(in_global(now.grad), part.size);", ""),
+    "no zeros for a row without a gradient": ("cuda/kernels.cuh", "if (logits) zero_row(", "if (false) zero_row("),
     "a whole row mapped": (
         "cuda/kernels.cuh",
         "map_row(logits, grad, part.size,",

@@ -48,7 +48,7 @@ struct OnChipParams {
     bool normalises;  // whether each block forms the mean's normaliser for itself
 };
 
-// What all threads need of a row, which one warp has found out while the row before it was summed. In every thread it
+// What all threads need of a row, which one warp has found out before the row before it was summed. In every thread it
 // was a fifth of what a row costs beside its elements.
 template <class T, class Row>
 struct alignas(16) Prepared {
@@ -69,9 +69,11 @@ struct Owner {
 
 template <class T, class Row>
 struct alignas(128) OnChipShared {
-    typename Row::Shared row;
+    union {
+        Partials<double, 1> weights;  // before the first row
+        typename Row::Shared row;
+    };
     float target[2];  // the target's logit, of reductions in turn
-    Partials<double, 1> weights;
     TokenRing<Row::kSingle> ring;
     Prepared<T, Row> prepared[kRingTokens];  // of the ring's tokens
 };
@@ -116,12 +118,15 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         return static_cast<T*>(rows.data) + (i < rows.inner ? i * rows.inner_stride : rows.offset(i)) + part.first;
     };
     const auto aim = [&](int slot, int i) -> int64_t { return Row::kSingle || p.problem.targets.single() ? slot : i; };
+    // By the last warp: of row i, if there is one.
     const auto fetch_token = [&](int slot, int i) {
+        if (first_lane) shared.prepared[slot].row = i;
         if (i < n) ring.fetch(slot, i);
     };
-    // By the last warp, which has waited for the numbers of token i; a barrier must follow.
-    const auto prepare = [&](int slot, int i) {
+    // By the last warp, which has waited for the numbers of that token; a barrier must follow.
+    const auto prepare = [&](int slot) {
         __syncwarp();
+        const int i = shared.prepared[slot].row;
         Prepared<T, Row> to;
         to.row = i;
         if (i < n) {
@@ -140,17 +145,14 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         if (first_lane) shared.prepared[slot] = to;
     };
 
-    Turns turns(team.number(), team.teams());  // of the last warp: the rows whose tokens are fetched
+    Turns turns(team.number(), team.teams());  // of the last warp: the row whose token is fetched next
     ring.start(p.problem);
     team.barrier();  // of a pair: both have begun
     if (last_warp) {
-        const int first = turns.row();
-        fetch_token(0, first);
-        turns.advance();
-        fetch_token(1, turns.row());
+        for (int slot = 0; slot < kRingTokens - 1; ++slot, turns.advance()) fetch_token(slot, turns.row());
         commit_copies();
         wait_copies<0>();
-        prepare(0, first);
+        prepare(0);
     }
     __syncthreads();
     chip.fetch(in_global(shared.prepared[0].logits), shared.prepared[0].span);
@@ -158,13 +160,15 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         const float normaliser = normaliser_of(shared.weights, n, p.problem.targets, p.problem.weights);
         if (threadIdx.x == 0) ring.set_denominator(normaliser);
         if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;
+        team.barrier();  // its partials lie where those of rows will, told by either block
     }
     int turn = 0, slot = 0;
     for (;;) {
         const Prepared<T, Row>& now = shared.prepared[slot];
         const int i = now.row;
         if (i >= n) break;
-        const int next_slot = slot == 2 ? 0 : slot + 1;
+        const int next_slot = ring_slot(slot, 1);
+        if (last_warp) prepare(next_slot);  // while copies of this row are on their way
         const T* const logits = in_global(now.logits);
         Row row(now.z, now.left_out, problem.targets, slot, aim(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         bool near = true;
@@ -175,10 +179,10 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
             const auto found = [&](float logit) { team.tell(target, logit); };
             row.read_several_targets(logits, p.logprobs.data);
             mine = chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, costly);
-        } else {
+        } else {  // nothing of the row, and of the barrier, is waited for before memory has it to do
             chip.wait_first();
+            zero_row(in_global(now.grad), part.size);
         }
-        if (last_warp) prepare(next_slot, turns.row());
         if (logits) {
             const Online<Sums> all = row.gather(mine, shared.row, turn, team);
             row.take_target(target);
@@ -193,8 +197,8 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         }
         // One barrier ago, at least: all threads see what is prepared, and none needs the last token's numbers.
         if (last_warp) {
+            fetch_token(ring_slot(slot, 3), turns.row());
             turns.advance();
-            fetch_token(slot == 0 ? 2 : slot - 1, turns.row());
             if (first_lane && team.rank() == 0) row.store(p.logprobs, p.row_losses, p.problem.terms.entropy, logits);
         }
         const Prepared<T, Row>& coming = shared.prepared[next_slot];
@@ -203,7 +207,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         const bool idle = row.idle(), from_slots = !idle && near && skew_of<T>(logits, grad) == 0;
         if (!from_slots) chip.fetch(next, coming.span);
         if (idle) {
-            zero_row(grad, part.size);
+            if (logits) zero_row(grad, part.size);
         } else if (from_slots) {
             chip.template map<decltype(row.z)>(logits, grad, now.span, next, coming.span, row.template dense<Folded>(),
                                                row.template dense<Folded, true>(), costly);

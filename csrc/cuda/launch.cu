@@ -132,8 +132,9 @@ void start_on_chip(const LossAndGradParams& p, const OnChipShape& s, int announc
           stream, params, s.team);
 }
 
-// Of the next rows of a multiprocessor, in vectors: about what memory delivers while a row's end is reduced.
-constexpr int kAnnounced = (32 << 10) / kVector;
+// Of the next rows of a multiprocessor, in vectors: about what memory delivers from when a row has come, which is soon
+// after its first sweep has begun, until that has been reduced.
+constexpr int kAnnounced = (64 << 10) / kVector;
 
 template <class Visit>
 void for_type(DType dtype, Visit visit) {

@@ -181,8 +181,8 @@ class OnChip {
     // asked for beside it.
     __device__ __forceinline__ void wait_first() const { wait_copies<kGroups - 1>(); }
 
-    // Brings the beginning of a row to L2 while the slots are still in use: memory has work while a row's end is
-    // reduced. By a warp.
+    // Brings the beginning of a row to L2 while the slots are still in use: memory has work while the row that has
+    // come is summed and its end reduced. By a warp.
     static __device__ __forceinline__ void announce(const T* row, const Span<T>& span, int vectors) {
         prefetch(row + span.head, 16 * min_of(vectors, span.vectors));
     }

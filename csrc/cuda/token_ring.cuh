@@ -1,4 +1,4 @@
-// The numbers of the tokens whose rows come next, in shared memory: copied two rows ahead, as a plain load that is
+// The numbers of the tokens whose rows come next, in shared memory: copied three rows ahead, as a plain load that is
 // wanted at once makes a block wait for L2 or DRAM, and one that is issued ahead makes its loops wait (on_chip.cuh).
 // They lie where the compiler knows: to look for a Column's number first was a third of what a row costs beside its
 // elements.
@@ -9,7 +9,11 @@
 
 namespace fused_losses {
 
-constexpr int kRingTokens = 3;  // the row's, the next row's, and one that is on its way
+// The row's, the next row's, whose row is prepared, the one after it, whose row is being prepared, and one on its way.
+constexpr int kRingTokens = 4;
+
+// A token's place in the ring, so many after another's.
+__device__ __forceinline__ int ring_slot(int slot, int after) { return (slot + after) % kRingTokens; }
 
 // A number of each token in the ring. Read at a token's slot.
 struct RingColumn {
