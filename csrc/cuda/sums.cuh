@@ -64,10 +64,13 @@ class FoldedIfNear {
 };
 
 // ---- The sums -------------------------------------------------------------------------------------------------------
+//
+// They begin at -0: added to it, a number stays as it is, -0 included, so that the compiler leaves out the first addition
+// of each vector and chunk.
 
 struct Sum {
     static constexpr bool kMassOnly = true;  // whether an element of -inf adds nothing
-    float sum = 0.f;                         // of e_j
+    float sum = -0.f;                        // of e_j
 
     // exponent: the old top's, above the new one. factor: 2^exponent
     __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
@@ -81,10 +84,10 @@ struct Sum {
 // What losses with terms need beside the sum. All summands have one sign: nothing cancels.
 struct Moments {
     static constexpr bool kMassOnly = false;
-    float sum = 0.f;
-    float moment = 0.f;  // of e_j log2(e_j)
-    float drift = 0.f;   // of log2(e_j); -inf if a level is
-    float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
+    float sum = -0.f;
+    float moment = -0.f;  // of e_j log2(e_j)
+    float drift = -0.f;   // of log2(e_j); -inf if a level is
+    float count = 0.f;    // of elements, which drift needs when top moves; constants that the compiler adds up
 
     // An exponent from the floor can overflow, when all sums are 0.
     __device__ __forceinline__ void rescale(float exponent, float factor) {
@@ -113,7 +116,7 @@ struct Moments {
 
 // What statistics need.
 struct MomentsAndSquares : Moments {
-    float squares = 0.f;  // of e_j
+    float squares = -0.f;  // of e_j
 
     __device__ __forceinline__ void rescale(float exponent, float factor) {
         Moments::rescale(exponent, factor);
