@@ -521,9 +521,10 @@ def softcaps(module, chip):
     softcapped(module, chip, FLOAT32, 1300, 1290, entropy=False)
     softcapped(module, chip, BFLOAT16, 2600, 2580, entropy=True)
     softcapped(module, chip, FLOAT16, 2600, 2580, entropy=False)
+    softcapped(module, chip, FLOAT32, 1300, 1290, entropy=False, smoothing=0.125)
 
 
-def softcapped(module, chip, dtype, vocab, token, entropy):
+def softcapped(module, chip, dtype, vocab, token, entropy, smoothing=0.0):
     module.configure(1, 1 << 20)
     rng = np.random.default_rng(0)
     normal, few = rng.normal(0, 1, vocab), np.arange(vocab) % 128 == 77
@@ -549,9 +550,9 @@ def softcapped(module, chip, dtype, vocab, token, entropy):
             x = matrix.matrix()[0]
             asked = asked_for(
                 module, np.int64([token]), vocab, softcap=cap, temperature=temperature, plain=False,
-                terms_asked=terms(entropy=entropy, entropy_coef=0.5 if entropy else 0.0),
+                terms_asked=terms(entropy=entropy, entropy_coef=0.5 if entropy else 0.0, label_smoothing=smoothing),
             )  # fmt: skip
-            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            loss, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
             t, c = np.float64(np.float32(temperature)), np.float64(np.float32(cap))
             tanh = np.tanh(x / c)
             d = c * tanh / t - (c * tanh / t).max()
@@ -560,7 +561,10 @@ def softcapped(module, chip, dtype, vocab, token, entropy):
             close(f"{case}, logprob", logprobs[0], log_p[token], error, error)
             h, coefficient = -(p * log_p).sum(), 0.5 if entropy else 0.0
             close(f"{case}, entropy", logprobs[1], h if entropy else 0, error, 3 * error)
-            by_z = p - is_target + coefficient * p * (log_p + h)
+            if smoothing:
+                spread = -log_p.mean()
+                close(f"{case}, loss", loss, spread * smoothing - log_p[token] * (1 - smoothing), error, 3 * error)
+            by_z = p - is_target * (1 - smoothing) - smoothing / vocab + coefficient * p * (log_p + h)
             size = p + is_target + p * (1 + np.abs(log_p) + h)
             got, want = matrix.matrix()[0] * t, by_z * (1 - tanh**2)
             stored = {FLOAT32: (0, 0), BFLOAT16: (2**-8, 1e-38), FLOAT16: (2**-11, 2**-24)}[dtype]
