@@ -650,7 +650,7 @@ BUGS = {
         "pair.x;\n            }\n        } else {",
     ),
     # on chip: levels that are kept
-    "no level kept": ("cuda/on_chip.cuh", "if (inside(u)) write_slot(slots + place(c, u), raw[u]);", ""),
+    "no level kept": ("cuda/on_chip.cuh", "if (inside(u)) write_slot(slots + place(c, u), raw[u]);", ";"),
     "levels kept beyond the row": (
         "cuda/on_chip.cuh",
         "if (inside(u)) write_slot(slots + place(c, u), raw[u]);",
