@@ -54,6 +54,9 @@ __device__ __forceinline__ void wait_copies() {
 // What this thread has copied, or written, there.
 __device__ __forceinline__ uint4 read_slot(const uint4* slot) { return *slot; }
 
+// By the thread that may read it, and no other.
+__device__ __forceinline__ void write_slot(uint4* slot, const uint4& vector) { *slot = vector; }
+
 // Element i of it, a raw T, in whose place another is put.
 template <class T>
 __device__ __forceinline__ T exchange_in_slot(uint4* slot, int i, T other) {

@@ -30,6 +30,45 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 // Rounded; never half of an fma.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 
+// Of two numbers each the same as of one; from sm_100 on in one instruction. The compiler forms none of these by
+// itself.
+__device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    float2 d;
+    asm("{.reg .b64 a, b, c, d; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; mov.b64 c, {%6, %7};\n"
+        "fma.rn.f32x2 d, a, b, c; mov.b64 {%0, %1}, d;}"
+        : "=f"(d.x), "=f"(d.y)
+        : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y), "f"(c.x), "f"(c.y));
+    return d;
+#else
+    return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+#endif
+}
+__device__ __forceinline__ float2 multiply(float2 a, float2 b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    float2 c;
+    asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5};\n"
+        "mul.rn.f32x2 c, a, b; mov.b64 {%0, %1}, c;}"
+        : "=f"(c.x), "=f"(c.y)
+        : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
+    return c;
+#else
+    return {multiply(a.x, b.x), multiply(a.y, b.y)};
+#endif
+}
+__device__ __forceinline__ float2 plus(float2 a, float2 b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    float2 c;
+    asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5};\n"
+        "add.rn.f32x2 c, a, b; mov.b64 {%0, %1}, c;}"
+        : "=f"(c.x), "=f"(c.y)
+        : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
+    return c;
+#else
+    return {a.x + b.x, a.y + b.y};
+#endif
+}
+
 // Will be read again soon: L1 and L2 keep it as usual. Not the non-coherent path: in place, the row is written later.
 __device__ __forceinline__ uint4 load(const uint4* p) { return *p; }
 
@@ -93,6 +132,16 @@ __device__ __forceinline__ uint32_t min_float16x2(uint32_t a, uint32_t b) {
     uint32_t smaller;
     asm("min.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
     return smaller;
+}
+
+// How many zeros are below the lowest one; 32 of 0.
+__device__ __forceinline__ int zeros_below(uint32_t x) { return __clz(static_cast<int>(__brev(x))); }
+
+// The same number, which the compiler can't know to be one: what is formed of it is formed again, and takes no register
+// until then.
+__device__ __forceinline__ int of_unknown_origin(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 // The same pointer, which the compiler can't know to be one to global memory.

@@ -82,16 +82,16 @@ struct alignas(128) OnChipShared {
 // meets their number would give the same few of them all rows that are read.
 class Turns {
   public:
-    __device__ __forceinline__ Turns(int number, int teams) : teams_(teams), shift_(teams * 3 / 8), place_(number) {}
+    __device__ __forceinline__ Turns(int number, int teams) : teams_(teams), place_(number) {}
     __device__ __forceinline__ int row() const { return first_ + place_; }
     __device__ __forceinline__ void advance() {
         first_ += teams_;
-        place_ += shift_;
+        place_ += static_cast<unsigned>(teams_) * 3 / 8;
         if (place_ >= teams_) place_ -= teams_;
     }
 
   private:
-    const int teams_, shift_;
+    const int teams_;
     int place_, first_ = 0;
 };
 
@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         if (threadIdx.x == 0 && blockIdx.x == 0) *p.loss = normaliser;
         team.barrier();  // its partials lie where those of rows will, told by either block
     }
+    const bool mass_only = !p.problem.terms.entropy && p.problem.terms.label_smoothing == 0.f;  // what else needs more
     int turn = 0, slot = 0;
     for (;;) {
         const Prepared<T, Row>& now = shared.prepared[slot];
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         if (logits) {
             const auto found = [&](float logit) { team.tell(target, logit); };
             row.read_several_targets(logits, p.logprobs.data);
-            mine = chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, costly);
+            mine = chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, mass_only, costly);
         } else {  // nothing of the row, and of the barrier, is waited for before memory has it to do
             chip.wait_first();
             zero_row(in_global(now.grad), part.size);
@@ -210,14 +211,15 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
             if (logits) zero_row(grad, part.size);
         } else if (from_slots) {
             chip.template map<decltype(row.z)>(logits, grad, now.span, next, coming.span, row.template dense<Folded>(),
-                                               row.template dense<Folded, true>(), costly);
+                                               row.template dense<Folded, Seen::cheap_logit>(),
+                                               row.template dense<Folded, Seen::level>(), costly);
             row.write_targets(grad, Owner{now.left_out_here.writer}, now.left_out_here.element);
         } else {
             row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()),
                               now.left_out_here.element);
         }
         row.finish(p.logprobs, threadIdx.x, blockDim.x, logits);
-        slot = next_slot;
+        slot = of_unknown_origin(next_slot);
     }
 }
 

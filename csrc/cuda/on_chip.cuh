@@ -19,7 +19,12 @@
 //
 // Edges, phases and the order of sums are as in two_sweeps.cuh: a warp takes the vectors of a chunk one by one where
 // the row ends or an element is left out, and no other warp does.
+//
+// Where a level is costly and as wide as its logit, sweep 1 leaves it in the logit's slot, and sweep 2 makes none
+// again.
 #pragma once
+
+#include <type_traits>
 
 #include "async.cuh"
 #include "block.cuh"
@@ -31,48 +36,58 @@ constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in reg
 constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
 static_assert(kSlots == kUnroll, "FoldedOnline sums for both engines");
 
+// Whether a logit's slot takes its level, too.
+template <class Z, class T>
+constexpr bool kKeepsLevels = Z::kCostly && sizeof(T) == sizeof(float);
+
 // As Online, with folded exponents. The maximum starts where it is known to be far: of masks like -1e30 alone, which
 // a thread may have for its share, a fold would make infinities.
 template <class Sums, class Z>
 class FoldedOnline {
   public:
     __device__ __forceinline__ explicit FoldedOnline(const Z& z)
-        : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), from_(start()), exponent_(z, from_) {}
+        : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), exponent_(z, start()), cheap_to_(cheap_above(start())) {}
 
-    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk.
+    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk. Here and below
+    // logits are replaced by their levels, if these are kept.
     template <class T, class Inside>
-    __device__ __forceinline__ void add(const uint4 (&vectors)[kSlots], Inside inside) {
+    __device__ __forceinline__ void add(uint4 (&vectors)[kSlots], Inside inside) {
         PackedMax<T> max;
 #pragma unroll
         for (int u = 0; u < kSlots; ++u)
             if (inside(u)) max.add(vectors[u]);
         rise(max.with(max_));
-        add_levels<T>(vectors, inside, [&](float x) { return z_.level(x); });
+        add_exponents<T>(vectors, inside, [&](float& x) { return exponent_(x = z_.level(x)); });
     }
-    // The same of all vectors if their levels are cheap in all threads of the warp; else nothing, and false.
-    template <class T>
-    __device__ __forceinline__ bool add_cheap(const uint4 (&vectors)[kSlots]) {
-        PackedMax<T> max;
-        PackedMin<T> min;
+    // The same of all vectors if their levels are cheap in all threads of the warp; else nothing, and false. Pairs: of
+    // the sums that are wanted.
+    template <class T, class Pairs>
+    __device__ __forceinline__ bool add_cheap(uint4 (&vectors)[kSlots]) {
+        PackedMax<T> max(vectors[0]);
+        PackedMin<T> min(vectors[0]);
 #pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
+        for (int u = 1; u < kSlots; ++u) {
             max.add(vectors[u]);
             min.add(vectors[u]);
         }
-        const float most = max.with(kFloor);
-        const bool cheap = z_.cheap(min.of(), most) && z_.little_above(most, from_);
-        if (__any_sync(kFullMask, !cheap)) return false;
+        const float most = max.get();
+        if (__any_sync(kFullMask, !((most <= cheap_to_) & (min.get() >= -z_.cheap_to)))) return false;
         max_ = fmaxf(max_, most);
-        add_levels<T>(vectors, [](int) { return true; }, [&](float x) { return z_.cheap_level(x); });
+        if constexpr (kKeepsLevels<Z, T>) {
+            add_pairs<T, Pairs>(vectors, [&](float2& x) { return exponent_(x = z_.cheap_level(x)); });
+        } else {
+            const typename Z::CheapExponent exponent(z_, exponent_.top());
+            add_pairs<T, Pairs>(vectors, [&](float2& x) { return exponent(x); });
+        }
         return true;
     }
     __device__ __forceinline__ void add(float x) {
         rise(fmaxf(max_, x));
-        add_to(sums_, z_.level(x));
+        add_to(sums_, exponent_(z_.level(x)));
     }
     // A vector without element left_out, whose logit is returned.
     template <class T>
-    __device__ __forceinline__ float add_without(const uint4& vector, int left_out) {
+    __device__ __forceinline__ float add_without(uint4& vector, int left_out) {
         float x[kWidth<T>], max = max_, found = 0.f;
         unpack<T>(vector, x);
 #pragma unroll
@@ -84,8 +99,11 @@ class FoldedOnline {
         }
         rise(max);
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i)
-            if (i != left_out) add_to(sums_, z_.level(x[i]));
+        for (int i = 0; i < kWidth<T>; ++i) {
+            x[i] = z_.level(x[i]);
+            if (i != left_out) add_to(sums_, exponent_(x[i]));
+        }
+        if constexpr (kKeepsLevels<Z, T>) vector = pack<T>(x);
         return found;
     }
 
@@ -103,8 +121,16 @@ class FoldedOnline {
             return max_;
         }
     }
-    template <class T, class Inside, class Level>
-    __device__ __forceinline__ void add_levels(const uint4 (&vectors)[kSlots], Inside inside, Level level) {
+    __device__ __forceinline__ float cheap_above(float from) const {
+        if constexpr (Z::kCostly) {
+            return fminf(z_.cheap_to, z_.little_above(from));
+        } else {
+            return 0.f;
+        }
+    }
+    // exponent: of a logit, in whose place it may leave the level.
+    template <class T, class Inside, class Exponent>
+    __device__ __forceinline__ void add_exponents(uint4 (&vectors)[kSlots], Inside inside, Exponent exponent) {
         Sums chunk;
 #pragma unroll
         for (int u = 0; u < kSlots; ++u) {
@@ -113,8 +139,37 @@ class FoldedOnline {
             unpack<T>(vectors[u], x);
             Sums sums;
 #pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, level(x[i]));
+            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, exponent(x[i]));
+            if constexpr (kKeepsLevels<Z, T>) vectors[u] = pack<T>(x);
             chunk += sums;
+        }
+        sums_ += chunk;
+    }
+    // The same of all vectors, two elements at a time. exponents: of two logits.
+    template <class T, class Pairs, class Exponents>
+    __device__ __forceinline__ void add_pairs(uint4 (&vectors)[kSlots], Exponents exponents) {
+        constexpr int kTogether = sizeof(T);  // vectors: 8 pairs are summed before they are added to others
+        Pairs chunk{}, sums{};
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            float x[kWidth<T>];
+            unpack<T>(vectors[u], x);
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; i += 2) {
+                float2 pair{x[i], x[i + 1]};
+                const float2 to_add = exponents(pair);
+                if (i == 0 && u % kTogether == 0)
+                    sums = Pairs::of(to_add);
+                else
+                    sums.add_pair(to_add);
+                x[i] = pair.x;
+                x[i + 1] = pair.y;
+            }
+            if constexpr (kKeepsLevels<Z, T>) vectors[u] = pack<T>(x);
+            if (u == kTogether - 1)
+                chunk = sums;
+            else if ((u + 1) % kTogether == 0)
+                chunk += sums;
         }
         sums_ += chunk;
     }
@@ -123,14 +178,15 @@ class FoldedOnline {
         const float exponent = exponent_.top() - risen.top();
         sums_.rescale(exponent, exp2_approx(exponent));
         exponent_ = risen;
-        max_ = from_ = max;
+        max_ = max;
+        cheap_to_ = cheap_above(max);
     }
-    __device__ __forceinline__ void add_to(Sums& sums, float level) const { sums.template add<Z>(exponent_(level)); }
+    static __device__ __forceinline__ void add_to(Sums& sums, float exponent) { sums.template add<Z>(exponent); }
 
     const Z z_;
     float max_;
-    float from_;  // what exponents are counted from: the maximum, or where levels are costly what it was a while ago
-    Folded<Z> exponent_;
+    Folded<Z> exponent_;  // counted from the maximum, or where levels are costly from what it was a while ago
+    float cheap_to_;      // the largest logit that is cheap, and little above what exponents are counted from
     Sums sums_;
 };
 
@@ -200,10 +256,11 @@ class OnChip {
     }
 
     // This thread's share of the row that was fetched last, without the element left_out, or all of it where there is
-    // none. Its owner calls found with its logit. costly: of Z::kCostly, bits of the chunks that were not cheap.
+    // none. Its owner calls found with its logit. mass_only: whether of Sums nothing but the sum is wanted, which saves
+    // where levels are cheap. costly: of Z::kCostly, bits of the chunks that were not.
     template <class Sums, class Z, class Found>
     __device__ __forceinline__ Online<Sums> sum(const T* row, const Span<T>& span, const Place& left_out, const Z& z,
-                                                const Found& found, uint32_t& costly) const {
+                                                const Found& found, bool mass_only, uint32_t& costly) const {
         const Share<T> share = share_of(span);
         const unsigned thread = threadIdx.x;
         const bool owns = static_cast<int>(thread) == left_out.owner;
@@ -223,19 +280,30 @@ class OnChip {
         };
         const auto place_in_it = [&] { return static_cast<unsigned>(left_out.element - share.head) % kWidth<T>; };
 
-        // Chunks c to end - 1. read: the vector in slot u; done: with the chunk.
+        // Chunks c to end - 1. read: the vector in slot u; done: with the chunk, of which are now the levels if kept.
         const auto walk = [&](int c, int end, auto read, auto done, auto take) {
             while (c < end) {
                 uint4 raw[kSlots];
                 const int stop = min_of(end, c <= apart ? apart : share.whole);
-                for (; c < stop; ++c) {
-                    read(c, raw, [](int) { return true; });
-                    if constexpr (Z::kCostly) {
-                        if (!acc.template add_cheap<T>(raw)) break;
-                    } else {
-                        acc.template add<T>(raw, [](int) { return true; });
+                const auto all = [](int) { return true; };
+                if constexpr (Z::kCostly) {
+                    const auto add_cheap = [&](auto pairs) {
+                        for (; c < stop; ++c) {
+                            read(c, raw, all);
+                            if (!acc.template add_cheap<T, decltype(pairs)>(raw)) return;
+                            done(c, raw, all);
+                        }
+                    };
+                    if (mass_only)
+                        add_cheap(Sum::Pairs());
+                    else
+                        add_cheap(typename Sums::Pairs());
+                } else {
+                    for (; c < stop; ++c) {
+                        read(c, raw, all);
+                        acc.template add<T>(raw, all);
+                        done(c, raw, all);
                     }
-                    done();
                 }
                 if (c == end) break;
                 if (take(c)) continue;
@@ -245,7 +313,7 @@ class OnChip {
                 };
                 read(c, raw, inside);
                 acc.template add<T>(raw, inside);
-                done();
+                done(c, raw, inside);
                 ++c;
             }
         };
@@ -257,7 +325,14 @@ class OnChip {
 #pragma unroll
                 for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slots + place(c, u)) : uint4{};
             },
-            [] { commit_copies(); },
+            [&](int c, const uint4(&raw)[kSlots], auto inside) {
+                if constexpr (kKeepsLevels<Z, T>) {
+#pragma unroll
+                    for (int u = 0; u < kSlots; ++u)
+                        if (inside(u)) write_slot(slots + place(c, u), raw[u]);
+                }
+                commit_copies();
+            },
             [&](int c) {
                 if (!takes || c != apart) return false;
                 wait_copies<kGroups - 1>();
@@ -272,33 +347,35 @@ class OnChip {
                 for (int u = 0; u < kSlots; ++u)
                     raw[u] = inside(u) ? load_kept(rest + c * share.step + u * kWarp) : uint4{};
             },
-            [] {}, [](int) { return false; });
+            [](int, const uint4(&)[kSlots], auto) {}, [](int) { return false; });
         if (on_edge && !owns_edge) acc.add(of_edge);
         if (owns && !takes) {
-            const auto read = [&] {
-                return !Sums::kMassOnly && left_out.vector >> log_step_ < chunks_
-                           ? read_slot(slot_of_it())
-                           : load_kept(rest + (left_out.vector - share.first));
+            const bool in_slot = !Sums::kMassOnly && left_out.vector >> log_step_ < chunks_;
+            const auto add_others = [&] {
+                uint4 vector = in_slot ? read_slot(slot_of_it()) : load_kept(rest + (left_out.vector - share.first));
+                const float logit = acc.template add_without<T>(vector, place_in_it());
+                if (kKeepsLevels<Z, T> && in_slot) write_slot(slot_of_it(), vector);
+                return logit;
             };
-            found(owns_edge ? of_edge : acc.template add_without<T>(read(), place_in_it()));
+            found(owns_edge ? of_edge : add_others());
         }
         return acc.all();
     }
 
     // out_j = f(in_j), out of the slots, and the next row, which may be none, into them. in and out have the same phase
     // and may be the same. span, next_span: of in and of next.
-    // cheap: f in the chunks that are cheap to Z.
-    template <class Z, class F, class Cheap>
+    // cheap: f in the chunks that are cheap to Z; kept: f of what is in the slots where that is levels.
+    template <class Z, class F, class Cheap, class Kept>
     __device__ __forceinline__ void map(const T* in, T* out, const Span<T>& span, const T* next,
-                                        const Span<T>& next_span, const F& f, const Cheap& cheap,
+                                        const Span<T>& next_span, const F& f, const Cheap& cheap, const Kept& kept,
                                         uint32_t costly) const {
+        constexpr bool kKept = kKeepsLevels<Z, T>;
         const auto is_cheap = [&](int c) { return !Z::kCostly || (c < kBits && !(costly >> c & 1)); };
         const Share<T> share = share_of(span);
         if (static_cast<int>(threadIdx.x) < share.edges) {
             const int edge = share.edge(threadIdx.x);
             assign(out[edge], f(to_float(in[edge])));
         }
-        const Share<T> coming = share_of(next_span);
         const Turned mine = turned(in, out, share);
         uint4* const to = reinterpret_cast<uint4*>(out + share.head) + mine.first;
         uint4* chunk = to + static_cast<int64_t>(share.some) * share.step;
@@ -313,9 +390,10 @@ class OnChip {
             if (c < share.whole && is_cheap(c))
                 map_chunk(read, write, cheap, all);
             else
-                map_end<Z>(read, write, f, [&](int u) { return mine.has(share, c, u); });
+                map_end<Z::kCostly>(read, write, f, [&](int u) { return mine.has(share, c, u); });
         }
         chunk = to;
+        const Share<T> coming = share_of(next_span);
         const uint4* from = vectors_of(next, coming);
         const uint4* slots = slots_ + mine.slot;
         uint4* next_slots = slots_of(next, coming);
@@ -329,8 +407,9 @@ class OnChip {
         };
         const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
         for (int c = 0; c < chunks_; ++c) {
-            for (; c < whole && is_cheap(c); ++c) {
-                map_chunk(read, write, cheap, all);
+            const int stop = Z::kCostly && !kKept ? min_of(whole, c + zeros_below(costly >> c)) : whole;
+            for (; c < stop; ++c) {
+                map_chunk(read, write, of_slot<kKept>(kept, cheap), all);
                 if (next) {
                     __syncwarp();
 #pragma unroll
@@ -339,7 +418,8 @@ class OnChip {
                 go_on();
             }
             if (c == chunks_) break;
-            map_end<Z>(read, write, f, [&](int u) { return mine.has(share, c, u); });
+            map_end<Z::kCostly && !kKept>(read, write, of_slot<kKept>(kept, f),
+                                          [&](int u) { return mine.has(share, c, u); });
             __syncwarp();
 #pragma unroll 1
             for (int u = 0; u < kSlots; ++u)
@@ -397,11 +477,19 @@ class OnChip {
         commit_nothing(kGroups - chunks_);
     }
 
+    template <bool kKept, class Kept, class F>
+    static __device__ __forceinline__ const auto& of_slot(const Kept& kept, const F& f) {
+        if constexpr (kKept) {
+            return kept;
+        } else {
+            return f;
+        }
+    }
     // Of a chunk that a warp has not all of, or that is costly. Most rows have one of the former at most: vector by
-    // vector, what it would take beside them is not formed before the others.
-    template <class Z, class Read, class Write, class F, class Inside>
+    // vector, what it would take beside them is not formed before the others. kMany: they may have many of the latter.
+    template <bool kMany, class Read, class Write, class F, class Inside>
     static __device__ __forceinline__ void map_end(Read read, Write write, const F& f, Inside inside) {
-        if constexpr (Z::kCostly) {
+        if constexpr (kMany) {
             map_chunk(read, write, f, inside);
         } else {
 #pragma unroll 1
@@ -413,8 +501,17 @@ class OnChip {
     static __device__ __forceinline__ uint4 mapped(const uint4& vector, const F& f) {
         float x[kWidth<T>];
         unpack<T>(vector, x);
+        if constexpr (std::is_invocable_v<F, float2>) {
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+            for (int i = 0; i < kWidth<T>; i += 2) {
+                const float2 pair = f(float2{x[i], x[i + 1]});
+                x[i] = pair.x;
+                x[i + 1] = pair.y;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) x[i] = f(x[i]);
+        }
         return pack<T>(x);
     }
     template <class Read, class Write, class F, class Inside>

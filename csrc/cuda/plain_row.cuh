@@ -97,8 +97,8 @@ class PlainRow {
     // Whether the gradient is 0, for which no logits are read: select, as 0 * NaN is not 0.
     __device__ __forceinline__ bool idle() const { return loss_.by.g == 0.f; }
 
-    // What an element that is no target's gets, of its logit. Exponent: Distance or another. kCheap: of a logit near 0.
-    template <template <class> class Exponent, bool kCheap = false>
+    // What an element that is no target's gets. Exponent: Distance or another. A logit is its own level.
+    template <template <class> class Exponent, Seen = Seen::logit>
     __device__ __forceinline__ auto dense() const {
         const Exponent<Identity> exponent(z, raw_top());
         const float factor = z.scale * (-loss_.by.g * reciprocal_approx(softmax_.total)) * exponent.correction();

@@ -33,7 +33,10 @@ class Folded {
     __device__ __forceinline__ Folded(const Z& z, float max) : c_(z.exponent(1.f)), level_(z.level(max)) {
         top_ = multiply(level_, c_);
     }
-    __device__ __forceinline__ float operator()(float level) const { return fmaf(level, c_, -top_); }
+    template <class X>
+    __device__ __forceinline__ X operator()(X level) const {
+        return multiply_add(level, all_of<X>(c_), all_of<X>(-top_));
+    }
     __device__ __forceinline__ float excess() const { return fmaf(level_, c_, -top_); }
     // 2^-excess to an ulp, which ex2 is not.
     __device__ __forceinline__ float correction() const {
@@ -64,10 +67,22 @@ class FoldedIfNear {
 };
 
 // ---- The sums -------------------------------------------------------------------------------------------------------
+//
+// They begin at -0: added to it, a number stays as it is, -0 included, so that the compiler leaves out the first
+// addition of each vector and chunk.
 
 struct Sum {
     static constexpr bool kMassOnly = true;  // whether an element of -inf adds nothing
-    float sum = 0.f;                         // of e_j
+    float sum = -0.f;                        // of e_j
+
+    // The same of the first and of the second of two elements.
+    struct Pairs {
+        float2 sum;
+
+        static __device__ __forceinline__ Pairs of(float2 exponents) { return {exp2_approx(exponents)}; }
+        __device__ __forceinline__ void add_pair(float2 exponents) { sum = plus(sum, exp2_approx(exponents)); }
+        __device__ __forceinline__ void operator+=(const Pairs& other) { sum = plus(sum, other.sum); }
+    };
 
     // exponent: the old top's, above the new one. factor: 2^exponent
     __device__ __forceinline__ void rescale(float, float factor) { sum *= factor; }
@@ -81,10 +96,34 @@ struct Sum {
 // What losses with terms need beside the sum. All summands have one sign: nothing cancels.
 struct Moments {
     static constexpr bool kMassOnly = false;
-    float sum = 0.f;
-    float moment = 0.f;  // of e_j log2(e_j)
-    float drift = 0.f;   // of log2(e_j); -inf if a level is
-    float count = 0.f;   // of elements, which drift needs when top moves; constants that the compiler adds up
+    float sum = -0.f;
+    float moment = -0.f;  // of e_j log2(e_j)
+    float drift = -0.f;   // of log2(e_j); -inf if a level is
+    float count = 0.f;    // of elements, which drift needs when top moves; constants that the compiler adds up
+
+    // The same of the first and of the second of two elements.
+    struct Pairs {
+        float2 sum, moment, drift;
+        float count;
+
+        static __device__ __forceinline__ Pairs of(float2 exponents) {
+            const float2 e = exp2_approx(exponents);
+            return {e, multiply(e, exponents), exponents, 2.f};
+        }
+        __device__ __forceinline__ void add_pair(float2 exponents) {
+            const float2 e = exp2_approx(exponents);
+            sum = plus(sum, e);
+            moment = multiply_add(e, exponents, moment);
+            drift = plus(drift, exponents);
+            count += 2.f;
+        }
+        __device__ __forceinline__ void operator+=(const Pairs& other) {
+            sum = plus(sum, other.sum);
+            moment = plus(moment, other.moment);
+            drift = plus(drift, other.drift);
+            count += other.count;
+        }
+    };
 
     // An exponent from the floor can overflow, when all sums are 0.
     __device__ __forceinline__ void rescale(float exponent, float factor) {
@@ -109,11 +148,18 @@ struct Moments {
         drift += other.drift;
         count += other.count;
     }
+    __device__ __forceinline__ void operator+=(const Sum::Pairs& pairs) { sum += pairs.sum.x + pairs.sum.y; }
+    __device__ __forceinline__ void operator+=(const Pairs& pairs) {
+        sum += pairs.sum.x + pairs.sum.y;
+        moment += pairs.moment.x + pairs.moment.y;
+        drift += pairs.drift.x + pairs.drift.y;
+        count += pairs.count;
+    }
 };
 
 // What statistics need.
 struct MomentsAndSquares : Moments {
-    float squares = 0.f;  // of e_j
+    float squares = -0.f;  // of e_j
 
     __device__ __forceinline__ void rescale(float exponent, float factor) {
         Moments::rescale(exponent, factor);

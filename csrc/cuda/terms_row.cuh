@@ -189,7 +189,7 @@ class TermsRow {
     __device__ __forceinline__ bool idle() const { return loss_.by.none(); }
 
     // e_j (constant + slope d_j) + offset, where d_j is in units of the exponent, times dz_j/dlogits_j.
-    template <template <class> class Exponent, bool kCheap = false>
+    template <template <class> class Exponent, Seen seen = Seen::logit>
     __device__ __forceinline__ auto dense() const {
         const Z by = z;
         const Exponent<Z> exponent(z, raw_top());
@@ -197,10 +197,16 @@ class TermsRow {
         const float inverse_t = z.inverse_temperature(), factor = inverse_t * exponent.correction();
         const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
         const float constant = factor * d.constant - times(slope, exponent.excess());
-        return [=](float x) {
-            const float level = kCheap ? by.cheap_level(x) : by.level(x), of_e = Z::finite(exponent(level));
-            return (exp2_approx(of_e) * (slope * of_e + constant) + offset) * by.slope(level);
+        const auto of_level = [=](auto level) {
+            using X = decltype(level);
+            const X of_e = Z::finite(exponent(level));
+            const X share = multiply_add(of_e, all_of<X>(slope), all_of<X>(constant));
+            return by.sloped(multiply_add(exp2_approx(of_e), share, all_of<X>(offset)), level);
         };
+        if constexpr (Z::kCostly && seen != Seen::logit)
+            return [=](float2 x) { return of_level(level_of<seen>(by, x)); };
+        else
+            return [=](float x) { return of_level(level_of<seen>(by, x)); };
     }
 
     // As PlainRow's. Several targets' elements are written after all others are; a team of several has one target.

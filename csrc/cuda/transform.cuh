@@ -11,6 +11,34 @@ constexpr float kFloor = -3.402823466e+38f;
 
 constexpr float kLowestExponent = -1000.f;
 
+// What is written once for one number and for two.
+template <class X>
+__device__ __forceinline__ X all_of(float a);
+template <>
+__device__ __forceinline__ float all_of<float>(float a) {
+    return a;
+}
+template <>
+__device__ __forceinline__ float2 all_of<float2>(float a) {
+    return {a, a};
+}
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ float negative(float x) { return -x; }
+__device__ __forceinline__ float2 negative(float2 x) { return {-x.x, -x.y}; }
+__device__ __forceinline__ float2 exp2_approx(float2 x) { return {exp2_approx(x.x), exp2_approx(x.y)}; }
+
+// What an element of a row is there as: its logit, a logit that is cheap (Softcap), or its level.
+enum class Seen { logit, cheap_logit, level };
+template <Seen seen, class Z, class X>
+__device__ __forceinline__ X level_of(const Z& z, X x) {
+    if constexpr (seen == Seen::logit)
+        return z.level(x);
+    else if constexpr (seen == Seen::cheap_logit)
+        return z.cheap_level(x);
+    else
+        return x;
+}
+
 // kThreads: how many a multiprocessor holds of a kernel with terms. Of its 64K registers more would get too few each,
 // and spill; a kernel without terms needs less.
 
@@ -24,6 +52,7 @@ struct Identity {
     static __device__ __forceinline__ Identity of(float, float inverse_temperature) { return {inverse_temperature}; }
     __device__ __forceinline__ float level(float x) const { return x; }
     __device__ __forceinline__ float slope(float) const { return 1.f; }  // dz/dx times the temperature
+    __device__ __forceinline__ float sloped(float y, float) const { return y; }
     __device__ __forceinline__ float inverse_temperature() const { return scale; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
     // Where a fold's maximum starts: some exponents below 0, as far as float32 goes.
@@ -43,6 +72,7 @@ struct Identity {
 // Near 0, where 1 - 2 / (e^2u + 1) cancels, tanh(x / softcap) is x times a polynomial of x^2, to 2 ulp beside those of
 // 1 / softcap. It has the softcap in its coefficients, where float32 has room for its ninth power: an instruction less
 // per element than one of x / softcap. Roundings are spelled out, so that a level is the same wherever it is formed.
+// What sees cheap levels only takes two at a time.
 struct Softcap {
     static constexpr int kThreads = 640;
     static constexpr int kGradThreads = 512;  // as many blocks of 256, and registers for the terms
@@ -51,7 +81,8 @@ struct Softcap {
     static constexpr float kCheap = 0.5625f;  // of |x / softcap|
     static constexpr int kTerms = 5;
     float scale, inverse_softcap, inverse_t;
-    float unit;  // what x is multiplied by before the polynomial: 1, or where there is no room 1 / softcap
+    float cheap_to;  // the largest |x| that is cheap; -1 where the coefficients have no room
+    float unit;      // what x is multiplied by before the polynomial: 1, or where there is no room 1 / softcap
     float terms[kTerms];
 
     static __device__ __forceinline__ Softcap of(float softcap, float inverse_temperature) {
@@ -59,7 +90,8 @@ struct Softcap {
         constexpr float kTanh[kTerms] = {1.f, -3.333287537e-01f, 1.331907958e-01f, -5.256512016e-02f, 1.623291895e-02f};
         const float inverse = 1.f / softcap;
         const bool room = softcap <= kRoom && inverse <= kRoom;
-        Softcap out{softcap * inverse_temperature, inverse, inverse_temperature, room ? 1.f : inverse, {}};
+        Softcap out{softcap * inverse_temperature, inverse, inverse_temperature, room ? kCheap * softcap : -1.f,
+                    room ? 1.f : inverse,          {}};
         float power = room ? inverse : 1.f;
         const float square = power * power;
 #pragma unroll
@@ -73,26 +105,59 @@ struct Softcap {
         const float far = 1.f - 2.f * reciprocal_approx(exp2_approx(2.f * kLog2e * size) + 1.f);
         return size <= kCheap ? cheap_level(multiply(x, unit)) : copysignf(far, x);
     }
-    // As level, where cheap says so.
-    __device__ __forceinline__ float cheap_level(float x) const {
-        const float w = multiply(x, x);
-        const float series = fmaf(fmaf(fmaf(fmaf(terms[4], w, terms[3]), w, terms[2]), w, terms[1]), w, terms[0]);
-        return multiply(x, series);
+    // As level, up to cheap_to.
+    template <class X>
+    __device__ __forceinline__ X cheap_level(X x) const {
+        return multiply(x, series(x, terms));
     }
-    __device__ __forceinline__ bool cheap(float least, float most) const {
-        return unit == 1.f && multiply(fmaxf(most, -least), inverse_softcap) <= kCheap;
+    // The exponents of such levels, which are not formed for that: with their scale in the coefficients, too, the last
+    // product and the difference to top are one fma. As exact: what a level's rounding was, a coefficient's is.
+    class CheapExponent {
+      public:
+        __device__ __forceinline__ CheapExponent(const Softcap& z, float top) : top_(top) {
+#pragma unroll
+            for (int i = 0; i < kTerms; ++i) terms_[i] = z.exponent(z.terms[i]);
+        }
+        template <class X>
+        __device__ __forceinline__ X operator()(X x) const {
+            return multiply_add(x, series(x, terms_), all_of<X>(-top_));
+        }
+
+      private:
+        float terms_[kTerms];
+        const float top_;
+    };
+    template <class X>
+    __device__ __forceinline__ X slope(X level) const {
+        return multiply_add(negative(level), level, all_of<X>(1.f));
     }
-    __device__ __forceinline__ float slope(float level) const { return 1.f - level * level; }
+    template <class X>
+    __device__ __forceinline__ X sloped(X y, X level) const {
+        return multiply(y, slope(level));
+    }
     __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
-    // Whether the exponent at x is that little above the one at `from`: a level rises by at most x / softcap.
-    __device__ __forceinline__ bool little_above(float x, float from) const {
-        return (x - from) * inverse_softcap * (kLog2e * scale) <= kRise;
+    // Up to where exponents are that little above the one at `from`: z rises by at most x / temperature.
+    __device__ __forceinline__ float little_above(float from) const {
+        return from + kRise * reciprocal_approx(kLog2e * inverse_t);
     }
     __device__ __forceinline__ float floor(float) const { return kFloor; }
     // Exponents from 0 on do where no level is further away than float32 goes.
     __device__ __forceinline__ float start() const { return kLog2e * scale <= 60.f ? 0.f : kFloor; }
-    static __device__ __forceinline__ float finite(float exponent) { return exponent; }  // it is
+    template <class X>
+    static __device__ __forceinline__ X finite(X exponent) {  // it is
+        return exponent;
+    }
+
+  private:
+    template <class X>
+    static __device__ __forceinline__ X series(X x, const float (&terms)[kTerms]) {
+        const X w = multiply(x, x);
+        X sum = all_of<X>(terms[kTerms - 1]);
+#pragma unroll
+        for (int i = kTerms - 2; i >= 0; --i) sum = multiply_add(sum, w, all_of<X>(terms[i]));
+        return sum;
+    }
 };
 
 }  // namespace fused_losses

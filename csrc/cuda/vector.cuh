@@ -77,18 +77,20 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kWidth<T>]) {
 template <class T>
 class PackedMax {
   public:
-    __device__ __forceinline__ void add(const uint4& v) {
-        max_ = larger(max_, larger(larger(v.x, v.y), larger(v.z, v.w)));
-    }
-    // That of x, too. NaN counts as nothing.
-    __device__ __forceinline__ float with(float x) const {
+    __device__ __forceinline__ PackedMax() : max_(lowest()) {}
+    __device__ __forceinline__ explicit PackedMax(const uint4& v) : max_(of(v)) {}
+    __device__ __forceinline__ void add(const uint4& v) { max_ = larger(max_, of(v)); }
+    // NaN counts as nothing, unless there is nothing else.
+    __device__ __forceinline__ float get() const {
         if constexpr (kWidth<T> == 4) {
-            return fmaxf(x, __uint_as_float(max_));
+            return __uint_as_float(max_);
         } else {
             const float2 pair = T::unpack(max_);
-            return fmaxf(x, fmaxf(pair.x, pair.y));
+            return fmaxf(pair.x, pair.y);
         }
     }
+    // That of x, too.
+    __device__ __forceinline__ float with(float x) const { return fmaxf(x, get()); }
 
   private:
     static __device__ __forceinline__ uint32_t lowest() {
@@ -106,16 +108,17 @@ class PackedMax {
         }
     }
 
-    uint32_t max_ = lowest();
+    static __device__ __forceinline__ uint32_t of(const uint4& v) { return larger(larger(v.x, v.y), larger(v.z, v.w)); }
+
+    uint32_t max_;
 };
 
 template <class T>
 class PackedMin {
   public:
-    __device__ __forceinline__ void add(const uint4& v) {
-        min_ = smaller(min_, smaller(smaller(v.x, v.y), smaller(v.z, v.w)));
-    }
-    __device__ __forceinline__ float of() const {
+    __device__ __forceinline__ explicit PackedMin(const uint4& v) : min_(of(v)) {}
+    __device__ __forceinline__ void add(const uint4& v) { min_ = smaller(min_, of(v)); }
+    __device__ __forceinline__ float get() const {
         if constexpr (kWidth<T> == 4) {
             return __uint_as_float(min_);
         } else {
@@ -133,7 +136,11 @@ class PackedMin {
         }
     }
 
-    uint32_t min_ = 0;  // for what asks how far from 0 the vectors go
+    static __device__ __forceinline__ uint32_t of(const uint4& v) {
+        return smaller(smaller(v.x, v.y), smaller(v.z, v.w));
+    }
+
+    uint32_t min_;
 };
 
 // The 16 bytes that start `skew` bytes (1 to 15) into two neighbouring vectors.

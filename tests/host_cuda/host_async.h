@@ -127,6 +127,10 @@ void wait_copies() {
     host_cuda::copies.wait(kPending);
 }
 inline uint4 read_slot(const uint4* slot) { return host_cuda::copies.read(slot); }
+inline void write_slot(uint4* slot, const uint4& vector) {
+    host_cuda::copies.read(slot);
+    *slot = vector;
+}
 
 template <class T>
 T exchange_in_slot(uint4* slot, int i, T other) {

@@ -363,7 +363,13 @@ inline float reciprocal_approx(float x) {
     return __float_as_uint(x) & 1 ? nextafterf(y, INFINITY) : nextafterf(y, 0.f);
 }
 
+inline int of_unknown_origin(int x) { return x; }
+inline int zeros_below(uint32_t x) { return x == 0 ? 32 : __builtin_ctz(x); }
+
 inline float multiply(float a, float b) { return a * b; }
+inline float2 multiply(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+inline float2 multiply_add(float2 a, float2 b, float2 c) { return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)}; }
+inline float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
 inline uint4 load(const uint4* p) {
     host_cuda::check_aligned(p);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import structs
-from structs import BFLOAT16, FLOAT32, IGNORE, STORAGE, column, pointer, problem, targets, terms
+from structs import BFLOAT16, FLOAT16, FLOAT32, IGNORE, STORAGE, column, pointer, problem, targets, terms
 
 
 class Wrong(Exception):
@@ -39,6 +39,14 @@ def decode(bits: np.ndarray, dtype: int) -> np.ndarray:
     if dtype == BFLOAT16:
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return bits.view(np.float32 if dtype == FLOAT32 else np.float16).astype(np.float64)
+
+
+def encode(values: np.ndarray, dtype: int) -> np.ndarray:
+    """Rounded; of bfloat16 towards 0."""
+    values = np.float32(values)
+    if dtype == BFLOAT16:
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.view(np.uint32) if dtype == FLOAT32 else values.astype(np.float16).view(np.uint16)
 
 
 class Matrix:
@@ -64,10 +72,8 @@ class Matrix:
                 row[:] = values
 
     @classmethod
-    def of(cls, values):
-        """float32"""
-        values = np.float32(values)
-        return cls(*values.shape, bits=values.view(np.uint32))
+    def of(cls, values, dtype=FLOAT32):
+        return cls(*np.shape(values), dtype, bits=encode(np.float32(values), dtype))
 
     def matrix(self):
         return np.stack([decode(row, self.dtype) for row in self.rows])
@@ -509,14 +515,23 @@ def far_rows_and_masks(module, chip):
 
 
 def softcaps(module, chip):
-    """Chunks near 0, far from it on one side or both, and mixed; caps and temperatures at which each is a matter."""
+    """Chunks near 0, far from it on one side or both, and mixed; caps and temperatures at which each is a matter. In
+    float32, whose levels are kept on chip, and in 16 bits; with entropies and with nothing but the mass."""
+    softcapped(module, chip, FLOAT32, 1300, 1290, entropy=True)  # in the third chunk: the first two are whole
+    softcapped(module, chip, FLOAT32, 1300, 1290, entropy=False)
+    softcapped(module, chip, BFLOAT16, 2600, 2580, entropy=True)
+    softcapped(module, chip, FLOAT16, 2600, 2580, entropy=False)
+    softcapped(module, chip, FLOAT32, 1300, 1290, entropy=False, smoothing=0.125)
+
+
+def softcapped(module, chip, dtype, vocab, token, entropy, smoothing=0.0):
     module.configure(1, 1 << 20)
-    vocab, rng, token = 1300, np.random.default_rng(0), 1290  # in the third chunk: the first two are whole
+    rng = np.random.default_rng(0)
     normal, few = rng.normal(0, 1, vocab), np.arange(vocab) % 128 == 77
     shapes = {
         "near": normal * 0.1, "wide": normal, "high": normal * 0.05 + 0.7, "low": normal * 0.05 - 0.7,
         "few high": normal * 0.1 + 0.9 * few, "few low": normal * 0.1 - 0.9 * few,
-        "rising": np.linspace(-0.5, 0.5, vocab),
+        "rising": np.linspace(-0.5, 0.5, vocab), "all high": normal * 0.001 + 0.555,
     }  # fmt: skip
     for cap, temperature in (
         (1e-4, 1.0),
@@ -524,29 +539,36 @@ def softcaps(module, chip):
         (0.3, 0.01),
         (30.0, 1.0),
         (30.0, 0.1),
+        (30.0, 0.527),  # of all high ones, 2^124 of what is counted from the lowest: too much if added up
         (1e4, 100.0),
         (1e6, 1e5),
     ):
+        if dtype == FLOAT16 and not 1e-2 < cap < 3e4:
+            continue
         for what, shape in shapes.items():
-            x = np.float64(np.float32(shape * cap))
-            matrix = Matrix.of([x])
+            matrix = Matrix.of([shape * cap], dtype)
+            x = matrix.matrix()[0]
             asked = asked_for(
                 module, np.int64([token]), vocab, softcap=cap, temperature=temperature, plain=False,
-                terms_asked=terms(entropy=True, entropy_coef=0.5),
+                terms_asked=terms(entropy=entropy, entropy_coef=0.5 if entropy else 0.0, label_smoothing=smoothing),
             )  # fmt: skip
-            _, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
+            loss, _, logprobs = one_pass(module, matrix.arg, matrix.arg, asked, chip)
             t, c = np.float64(np.float32(temperature)), np.float64(np.float32(cap))
             tanh = np.tanh(x / c)
             d = c * tanh / t - (c * tanh / t).max()
             p, log_p, is_target = softmax(d), d - np.log(np.exp(d).sum()), np.arange(vocab) == token
-            entropy = -(p * log_p).sum()
-            error, case = 2e-6 + c / t * 8e-7, f"{what}, cap {cap}, T = {temperature}"
+            error, case = 2e-6 + c / t * 8e-7, f"{what}, cap {cap}, T = {temperature}, {vocab} of type {dtype}"
             close(f"{case}, logprob", logprobs[0], log_p[token], error, error)
-            close(f"{case}, entropy", logprobs[1], entropy, error, 3 * error)
-            by_z = p - is_target + 0.5 * p * (log_p + entropy)
-            size = p + is_target + p * (1 + np.abs(log_p) + entropy)
-            got = matrix.matrix()[0] * t
-            close(f"{case}, gradient", got, by_z * (1 - tanh**2), 0, 4 * error * size + 1e-7)
+            h, coefficient = -(p * log_p).sum(), 0.5 if entropy else 0.0
+            close(f"{case}, entropy", logprobs[1], h if entropy else 0, error, 3 * error)
+            if smoothing:
+                spread = -log_p.mean()
+                close(f"{case}, loss", loss, spread * smoothing - log_p[token] * (1 - smoothing), error, 3 * error)
+            by_z = p - is_target * (1 - smoothing) - smoothing / vocab + coefficient * p * (log_p + h)
+            size = p + is_target + p * (1 + np.abs(log_p) + h)
+            got, want = matrix.matrix()[0] * t, by_z * (1 - tanh**2)
+            stored = {FLOAT32: (0, 0), BFLOAT16: (2**-8, 1e-38), FLOAT16: (2**-11, 2**-24)}[dtype]
+            close(f"{case}, gradient", got, want, stored[0], 4 * error * size + 1e-7 + stored[1] * t)
 
 
 def rows_of_two_lengths(module, chip):
