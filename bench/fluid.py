@@ -315,9 +315,8 @@ class Fluid:
         wanted = np.where(self.streams, np.minimum(block.row, np.maximum(block.on_chip, self.done + block.window)), 0)
         wanted = np.where((stage == START) & reads, block.on_chip, wanted)
         wanted = np.where((self.freed >= 0) & next_reads, block.row + self.freed, wanted)
-        wanted = np.where((stage == ZERO) & next_reads, block.row * reads + block.ahead * block.on_chip, wanted)
         wanted = np.minimum(self.base + wanted, self.arrived + block.flight)
-        announces = (stage == END) | ((stage == SUM) & (self.done >= block.announced_from * block.row))
+        announces = (stage == END) | (stage == ZERO) | ((stage == SUM) & (self.done >= block.announced_from * block.row))
         announced = self.base + block.row * reads + block.announced
         wanted = np.where(announces & next_reads & (block.announced > 0), announced, wanted)
         self.asked = np.maximum(self.asked, wanted)
@@ -356,8 +355,9 @@ class Fluid:
         self.base[through] += (block.row * reads)[through]
         self.turn[through] += 1
         self.stage[summed] = END
-        self.stage[ended] = np.where(reads, MAP, ZERO)[ended]
-        first = np.where((block.sums > 0) & self.this_turn(self.reads), SUM, END)
+        self.stage[ended] = MAP
+        reads = self.this_turn(self.reads)
+        first = np.where(reads, np.where(block.sums > 0, SUM, END), np.where(block.maps > 0, ZERO, END))
         self.stage[begins] = np.where(self.turn == self.turns, DONE, first)[begins]
         ends = summed | (begins & (self.stage == END))
         self.timer[ends] = block.end[ends]

@@ -61,8 +61,8 @@ GPUS = {gpu.name: gpu for gpu in (H100, H200, A100, B200)}
 VECTOR = 16
 SLOTS = 4  # kSlots: vectors of a thread in a chunk
 GROUPS = 14  # kGroups: chunks at most
-SCRATCH = 1664  # sizeof(OnChipShared<bfloat16, PlainRow>)
-AHEAD = 32 * KB  # kAnnounced
+SCRATCH = 1536  # sizeof(OnChipShared<bfloat16, PlainRow>)
+AHEAD = 64 * KB  # kAnnounced
 
 
 class Shape(NamedTuple):
@@ -188,6 +188,7 @@ def one_pass(gpu: Gpu, vocab: int, n: int = N, element: int = 2) -> Kernel:
         row_instructions=450,
         on_chip=on_chip,
         announced=AHEAD // shape.blocks,
+        announced_from=0.0,
     )
 
 
