@@ -1,172 +1,205 @@
-"""``python bench/adapters.py [torchtitan ms_swift openrlhf]``: a step with the framework's own loss, and with ours.
+"""A step of a framework with its own loss and with ours: memory and time.
 
-A step is a head of 64 features, the loss, and both backwards, of 2 x 512 tokens and 151,936 classes on a CPU. Each is
-run in a process of its own. What is printed is the most memory that the step had beyond what the process had before it,
-and the shortest of some runs.
+    python bench/adapters.py [trl verl ...] [--rounds 3] [--repeats 2] [--out bench/results]
+
+Without a name: all that are installed. The steps are in adapter_steps.py. Each is measured in a process of its own,
+theirs and ours in turn. Memory is the process's largest resident set during a step beyond the one before it: logits,
+gradients and what else the step makes. Linux's /proc says both. Of the two times that of the processors, in all
+threads, is the one that other processes of a busy machine lengthen least.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import gc
+import json
+import multiprocessing
+import os
+import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-CASES = {
-    "torchtitan": [
-        f"{loss}, {chunks}, {dtype}"
-        for loss in ("CrossEntropyLoss", "GRPOLoss")
-        for chunks in ("whole", "8 chunks")
-        for dtype in ("fp32", "bf16")
-    ],
-    "ms_swift": [f"{loss}, {dtype}" for loss in ("plain", "DFT") for dtype in ("fp32", "bf16")],
-    "openrlhf": ["ppo", "ppo, entropy"],
-}
-B, L, H, V = 2, 512, 64, 151936
+import torch
+from adapter_steps import CASES, STEPS, Case, Step
+from conditions import conditions, file_name
+from memory import forget_peak, resident
+from timing import quantiles
 
+from fused_losses.adapters import comparison
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("framework", nargs="*", default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(*measured(*options.one, options.repeats))
-        return
-    print(f"{'step':58} {'theirs':>22} {'ours':>22}")
-    for framework in options.framework:
-        for case in CASES[framework]:
-            found = []
-            for whose in ("theirs", "ours"):
-                command = [sys.executable, __file__, "--one", framework, case, whose]
-                command += ["--repeats", str(options.repeats)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                peak, seconds = (float(x) for x in done.stdout.split("\n")[-2].split())
-                found.append(f"{peak / 2**20:7.0f} MiB {seconds:7.2f} s")
-            print(f"{f'{framework}: {case}':58} {found[0]:>22} {found[1]:>22}", flush=True)
+ROOT = Path(__file__).resolve().parent.parent
+DEFINITIONS = ("prime_rl",)  # whose own code is on no package index: beside what the library defines it as
+LONG = 1000  # ms
+SMALL = (32, 16, 500)  # tokens, hidden, vocab
 
 
-def measured(framework: str, case: str, whose: str, repeats: int) -> tuple[int, float]:
-    """Bytes and seconds."""
+# ---- In a process of its own ----
+
+
+def steps(case: Case, way: str, repeats: int) -> dict[str, Any]:
+    """One in small, for what frameworks import and compile at the first; one to warm up; then ``repeats`` on the clock.
+
+    A long one is on the clock at once, and runs once.
+    """
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # frameworks say a lot
+        stub(case.framework)
+        watched(made(case.resized(*SMALL), way))
+        step = made(case, way)
+        seen: list[Seen] = []
+        while len(seen) <= repeats and not (seen and seen[0].ms > LONG):
+            seen.append(watched(step))
+    timed = seen[1:] or seen
+    return {
+        "ms": [s.ms for s in timed],
+        "cpu_ms": [s.cpu_ms for s in timed],
+        "peak": max(s.peak for s in timed),
+        "value": seen[0].value,  # before a trainer's first update
+    }
+
+
+def stub(framework: str) -> None:
+    """What the framework depends on and a step does not call need not be installed."""
     sys.path.insert(0, str(ROOT / "tests" / "adapters"))
     import stubbed
 
-    stubbed.use(framework)
-    step = {"torchtitan": torchtitan, "ms_swift": ms_swift, "openrlhf": openrlhf}[framework](case, whose == "ours")
-    peak, seconds = 0, float("inf")
-    for _ in range(repeats):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before, start = memory("VmRSS"), time.perf_counter()
-        step()
-        seconds = min(seconds, time.perf_counter() - start)
-        peak = max(peak, memory("VmHWM") - before)
-    return peak, seconds
+    stubbed.stub(framework)
 
 
-def memory(name: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
-
-
-def layer(dtype: str) -> tuple[Any, Any, Any]:
-    """A head, hidden states, and labels of which a tenth is ignored."""
-    import torch
-
+def made(case: Case, way: str) -> Step:
     torch.manual_seed(0)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    head = torch.nn.Linear(H, V, bias=False, dtype=kind)
-    hidden = torch.randn(B, L, H, dtype=kind, requires_grad=True)
-    labels = torch.randint(V, (B, L))
-    labels[:, : L // 10] = -100
-    return head, hidden, labels
+    return STEPS[case.framework](case, way)
 
 
-def torchtitan(case: str, ours: bool) -> Callable[[], None]:
-    import torch
-    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-    from torchtitan.experiments.rl.losses import GRPOLoss
-
-    from fused_losses.adapters import torchtitan as adapter
-
-    loss, chunks, dtype = case.split(", ")
-    head, hidden, labels = layer(dtype)
-    own: Any = adapter if ours else SimpleNamespace(CrossEntropyLoss=CrossEntropyLoss, GRPOLoss=GRPOLoss)
-    config = getattr(own, loss).Config()
-    given = {"global_valid_tokens": torch.tensor(900)}
-    if loss == "GRPOLoss":
-        given |= {
-            "generator_logprobs": torch.full((B, L), -12.0),
-            "advantages": torch.randn(B, L),
-            "loss_mask": labels != -100,
-        }
-        labels = labels.clamp(min=0)
-    if chunks == "whole":
-        built = config.build()
-        return lambda: built(head(hidden * 1.0), labels, **given)[0].backward()
-    wrapper = ChunkedLossWrapper.Config(num_chunks=8, loss_fn=config).build()
-    wrapper.set_lm_head(head)
-    return lambda: wrapper(hidden * 1.0, labels, **given)[0].backward()
+class Seen(NamedTuple):
+    ms: float
+    cpu_ms: float
+    peak: int  # bytes
+    value: float
 
 
-def ms_swift(case: str, ours: bool) -> Callable[[], None]:
-    import torch
-    from swift.loss import loss_map
-    from swift.trainers import per_token_loss_func
-
-    from fused_losses.adapters import ms_swift as adapter
-
-    kind, dtype = case.split(", ")
-    head, hidden, labels = layer(dtype)
-    tokens = torch.tensor(900)
-    trainer = SimpleNamespace(template=SimpleNamespace(sequence_parallel_size=1, task_type="causal_lm"))
-    arguments = SimpleNamespace(enable_dft_loss=kind == "DFT")
-    made = (adapter.CrossEntropyLoss if ours else loss_map["cross_entropy"])(arguments, trainer)
-
-    def step() -> None:
-        outputs = SimpleNamespace(logits=head(hidden))
-        if kind == "DFT" and not ours:  # as the trainer does it
-            loss = per_token_loss_func(outputs, labels, enable_dft_loss=True).sum() / tokens
-        else:
-            loss = made(outputs, labels, num_items_in_batch=tokens)
-        loss.backward()
-
-    return step
+def watched(step: Step) -> Seen:
+    step.prepare()
+    gc.collect()
+    forget_peak()
+    before = resident("VmRSS")
+    start, spent = time.perf_counter(), time.process_time()
+    value = float(step.run())
+    ms, cpu_ms = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - spent)
+    return Seen(ms, cpu_ms, resident("VmHWM") - before, value)
 
 
-def openrlhf(case: str, ours: bool) -> Callable[[], None]:
-    """In float32, as its Actor makes the logits."""
-    import torch
-    from openrlhf.models import actor
-    from openrlhf.models.loss import PolicyLoss, aggregate_loss
+# ---- All of them ----
 
-    from fused_losses.adapters import openrlhf as adapter
 
-    sys.modules["flash_attn.ops"] = None  # type: ignore[assignment]  # whose kernels are for GPUs
-    torch.compiler.set_stance("force_eager")
-    with_entropy = case.endswith("entropy")
-    if ours:
-        adapter.install(inplace=not with_entropy)
-    head, hidden, labels = layer("fp32")
-    mask, labels = labels != -100, labels.clamp(min=0)
-    old, advantages = torch.full((B, L), -12.0), torch.randn(B, L)
-    policy = PolicyLoss()
+def measure(case: Case, rounds: int, repeats: int) -> list[dict[str, Any]]:
+    """In turns, so that what else the machine does meets all ways."""
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in case.ways}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for way in (way for way in case.ways if way not in failed):
+            try:
+                runs[way].append(in_a_process(steps, case, way, repeats))
+            except Exception as error:  # whatever a framework raises; the others go on
+                traceback.print_exception(error)
+                failed[way] = f"failed: {type(error).__name__}"
+    return [record(case, way, runs[way], failed.get(way, "ok")) for way in case.ways]
 
-    def step() -> None:
-        logits = head(hidden)
-        entropy = actor.compute_entropy(logits) if with_entropy else None
-        loss = policy(actor.log_probs_from_logits(logits, labels), old, advantages, mask)[0]
-        if entropy is not None:
-            loss = loss - 0.01 * aggregate_loss(entropy, mask)
-        loss.backward()
 
-    return step
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """One that has imported torch and this library, which takes seconds, and has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fused_losses.adapters.comparison"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def record(case: Case, way: str, runs: list[dict[str, Any]], status: str) -> dict[str, Any]:
+    ms = [value for run in runs for value in run["ms"]]
+    fine = status == "ok"
+    p20, median, p80 = quantiles(ms) if fine else (None, None, None)
+    return {
+        **conditions(torch.device("cpu")),
+        "framework": case.framework,
+        "framework_version": comparison.version(case.framework),
+        "case": case.title,
+        "loss": case.loss,
+        "group": "adapters",
+        "contender": way,
+        "backend": None,
+        "mode": "step",
+        "same_loss": True,
+        "dtype": case.dtype,
+        "shape": list(case.shape),
+        "n": case.tokens,
+        "vocab": case.vocab,
+        "repeats": len(ms),
+        "median_ms": median,
+        "p20_ms": p20,
+        "p80_ms": p80,
+        "cpu_ms": statistics.median(value for run in runs for value in run["cpu_ms"]) if fine else None,
+        "peak_bytes": statistics.median(run["peak"] for run in runs) if fine else None,
+        "value": runs[0]["value"] if fine else None,
+        "status": status,
+    }
+
+
+def line(record: dict[str, Any]) -> str:
+    what = f"{record['case']} {record['dtype']}, {record['contender']}"
+    if record["status"] != "ok":
+        return f"{what:75} {record['status']}"
+    times = f"{record['median_ms']:8.0f} ms {record['cpu_ms']:8.0f} ms of processors"
+    return f"{what:75} {record['peak_bytes'] / 2**20:6.0f} MiB {times}   loss {record['value']:.6f}"
+
+
+def cases_of(framework: str, sizes: tuple[int, int, int] | None) -> list[Case]:
+    """sizes: tokens, hidden and vocab of all, in place of their own."""
+    cases = [case for case in CASES if case.framework == framework]
+    return cases if sizes is None else [case.resized(*sizes) for case in cases]
+
+
+def absent(framework: str) -> bool:
+    return framework not in DEFINITIONS and comparison.version(framework) is None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("framework", nargs="*", help=f"some of {', '.join(STEPS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=2, help=f"timed steps of a process; one, if it takes over {LONG} ms"
+    )
+    parser.add_argument("--sizes", nargs=3, type=int, metavar=("TOKENS", "HIDDEN", "VOCAB"), help="of all steps")
+    parser.add_argument("--out", type=Path, help="folder to put the records into")
+    options = parser.parse_args()
+    if unknown := [name for name in options.framework if name not in STEPS]:
+        parser.error(f"framework must be some of {', '.join(STEPS)}, got {', '.join(unknown)}")
+    start, fine = time.perf_counter(), True
+    for framework in options.framework or STEPS:
+        if absent(framework):
+            print(f"{framework}: not installed")
+            continue
+        for case in cases_of(framework, options.sizes):
+            records = measure(case, options.rounds, options.repeats)
+            print("\n".join(map(line, records)), flush=True)
+            fine &= all(r["status"] == "ok" for r in records)
+            if options.out:
+                append(records, options.out)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    return int(not fine)
+
+
+def append(records: list[dict[str, Any]], folder: Path) -> None:
+    """As soon as they are there: what was measured stays whatever comes after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / file_name(records[0])).open("a") as out:
+        out.writelines(json.dumps(r) + "\n" for r in records)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

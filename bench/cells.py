@@ -89,6 +89,14 @@ def megabytes(record: Record) -> str:
     return f"{number(record['peak_bytes'] / 1e6)} MB"
 
 
+def mebibytes(field: str) -> Callable[[Record], str]:
+    return lambda record: f"{record[field] / 2**20:.0f} MiB"
+
+
+def milliseconds(field: str) -> Callable[[Record], str]:
+    return lambda record: f"{number(record[field])} ms"
+
+
 def error(field: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(field) is None else f"{record[field]:.1e}"
 
@@ -104,15 +112,18 @@ def conditions_line(records: list[Record]) -> str:
     parts = [newest["device"]]
     if newest["device_type"] == "cpu":
         parts.append(f"{newest['threads']} threads")
-        if newest["touched_gb"]:
+        if newest.get("touched_gb"):
             parts.append(f"{newest['touched_gb']:g} GB of memory touched before")
     else:
         parts.append(f"driver {newest['driver']}, CUDA {newest['cuda']}")
     parts.append(f"torch {newest['torch']}, triton {newest['triton']}, Python {newest['python']}")
+    if newest.get("framework_version"):
+        parts.append(f"{newest['framework']} {newest['framework_version']}")
     changed = " with uncommitted changes" if newest["dirty"] else ""
     commits = ", ".join(c for (c,) in distinct(sorted(records, key=lambda r: r["date"], reverse=True), "commit"))
     parts.append(f"commit {commits}{changed}, {newest['date'][:10]}")
-    repeats = " or ".join(str(n) for (n,) in distinct(records, "repeats"))
+    counts = [n for (n,) in distinct(records, "repeats")]
+    repeats = " or ".join(map(str, counts)) if len(counts) <= 2 else f"{min(counts)} to {max(counts)}"
     parts.append(f"medians of {repeats} interleaved repeats")
     if where(records, status="inexact"):
         parts.append(f"{INEXACT} the gradient at some target is off by more than 5 %")

@@ -13,7 +13,8 @@ import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
 # What a benchmark writes itself doesn't make the code that it measured another one.
-_NOT_CODE = tuple(f":(exclude){path}" for path in ("bench/results", "docs/plots", "docs/measured.md", "README.md"))
+_WRITTEN = ("bench/results", "docs/plots", "docs/measured.md", "docs/adapters", "README.md")
+_NOT_CODE = tuple(f":(exclude){path}" for path in _WRITTEN)
 
 
 def conditions(device: torch.device, commit: str | None = None) -> dict[str, Any]:

@@ -45,6 +45,18 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
+def resident(field: str) -> int:
+    """Bytes of this process, as Linux says: "VmRSS" now, "VmHWM" the largest since :func:`forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(value)
+
+
+def forget_peak() -> None:
+    """The largest resident set is that of now again."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def touch(gigabytes: float) -> None:
     """Write that much memory once, on Linux, and give it back.
 

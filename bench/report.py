@@ -1,4 +1,4 @@
-"""Turn records into the tables of README.md and docs/measured.md, and the plots of docs/plots.
+"""Turn records into the tables of README.md, docs/measured.md and docs/adapters, and the plots of docs/plots.
 
     python bench/report.py            # print the tables, put them into the pages, draw the plots
     python bench/report.py --check    # exit 1 if a page says something else than the records; writes nothing
@@ -20,7 +20,12 @@ from records import RESULTS, load
 from tables import machine_code, ratios, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "measured.md"]
+ADAPTERS = ("torchtitan", "ms_swift", "openrlhf", "trl", "verl", "skyrl", "megatron", "prime_rl", "transformers")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "measured.md",
+    *(ROOT / "docs" / "adapters" / f"{framework}.md" for framework in ADAPTERS),
+]
 
 
 def spliced(page: str, texts: dict[str, str]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/measured.md, from the records of a device or of all; conditions under each."""
+"""The tables of README.md and docs, from the records of a device or of all; conditions under each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from cells import (
     in_order,
     label,
     markdown,
+    mebibytes,
     megabytes,
+    milliseconds,
     number,
     time_and_floor,
     time_and_speedup,
@@ -345,6 +347,64 @@ def machine_code(files: list[Path]) -> str:
 
 
 Table = Callable[[Device], tuple[str, list[Record]]]
+
+# Of adapters: a framework's own step beside ours.
+STEP = {"memory": mebibytes("peak_bytes"), "time": milliseconds("median_ms"), "of processors": milliseconds("cpu_ms")}
+TRAINER = {"step": STEP["time"], "step memory": STEP["memory"], "process": mebibytes("process_bytes")}
+WAYS = {  # how a record calls it: how a page does
+    "causal_lm_loss": "`model.loss_function = causal_lm_loss`",
+    "head": "`install(model)`",
+    "install()": "`install()`",
+    "install(inplace=True)": "`install(inplace=True)`",
+    "output_processor": "`output_processor`, chunks of 32 MiB",
+}
+
+
+def adapters(framework: str) -> Table:
+    """A row per step, theirs and ours side by side."""
+
+    def table(device: Device) -> tuple[str, list[Record]]:
+        records = of_framework(device, framework)
+        columns = [(what, whose) for what in STEP for whose in ("theirs", "ours")]
+        rows = [
+            [f"{case.removeprefix(f'{framework}: ')}, {dtype}"]
+            + [cell(where(records, case=case, dtype=dtype, contender=whose), STEP[what]) for what, whose in columns]
+            for case, dtype in distinct(records, "case", "dtype")
+        ]
+        return markdown(["", *(f"{what}, {whose}" for what, whose in columns)], rows), records
+
+    return table
+
+
+def of_framework(device: Device, framework: str) -> list[Record]:
+    return where(where(device, group="adapters"), framework=framework)
+
+
+def megatron(device: Device) -> tuple[str, list[Record]]:
+    records = of_framework(device, "megatron")
+    return by_way(records, STEP), records
+
+
+def trainer(tokens: int) -> Table:
+    def table(device: Device) -> tuple[str, list[Record]]:
+        records = where(device, group="trainer", n=tokens)
+        return by_way(records, TRAINER), records
+
+    return table
+
+
+def by_way(records: list[Record], columns: dict[str, Callable[[Record], str | None]]) -> str:
+    """A row per way to train the same model."""
+    heads = [(case, dtype, what) for case, dtype in distinct(records, "case", "dtype") for what in columns]
+    rows = [
+        [WAYS.get(way, way)]
+        + [cell(where(records, case=c, dtype=d, contender=way), columns[what]) for c, d, what in heads]
+        for (way,) in distinct(records, "contender")
+    ]
+    cases = ", ".join(case.split(" ", 1)[1] for (case,) in distinct(records, "case"))
+    return markdown([cases, *(f"{what}, {dtype}" for _, dtype, what in heads)], rows)
+
+
 TABLES: dict[str, tuple[str, Table]] = {
     "cpu": ("cpu", cpu_times),
     "cpu-floor": ("cpu", cpu_floor),
@@ -356,6 +416,13 @@ TABLES: dict[str, tuple[str, Table]] = {
     "cpu-overhead": ("cpu", overhead),
     "cpu-heads": ("cpu", heads),
     "cpu-shards": ("cpu", shards),
+    **{
+        f"adapters-{framework}": ("cpu", adapters(framework))
+        for framework in ("torchtitan", "ms_swift", "openrlhf", "trl", "verl", "skyrl", "prime_rl")
+    },
+    "adapters-megatron": ("cpu", megatron),
+    "trainer-1024": ("cpu", trainer(1024)),
+    "trainer-4096": ("cpu", trainer(4096)),
     "gpu": ("cuda", gpu_times),
     "gpu-terms": ("cuda", terms),
     "gpu-statistics": ("cuda", statistics),

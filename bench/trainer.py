@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from conditions import conditions, file_name
+from memory import forget_peak, resident
 from timing import quantiles
 
 VOCAB, BATCH = 151_936, 2
@@ -97,7 +98,7 @@ def watching() -> Any:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if len(self.ms) == 1:
                 self.before = resident("VmRSS")
-                Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that of now again
+                forget_peak()
             self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -106,13 +107,6 @@ def watching() -> Any:
             self.peak = resident("VmHWM")
 
     return Watch()
-
-
-def resident(field: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return 1024 * int(value)
 
 
 # ---- All of them ----
@@ -136,7 +130,8 @@ def record(name: str, tokens: int, hidden: int, dtype: str, runs: list[dict[str,
     p20, median, p80 = quantiles([ms for run in runs for ms in run["ms"]])
     return {
         **conditions(torch.device("cpu")),
-        "transformers": version("transformers"),
+        "framework": "transformers",
+        "framework_version": version("transformers"),
         "case": f"trainer {tokens}x{hidden}x{VOCAB}",
         "loss": "cross_entropy",
         "group": "trainer",

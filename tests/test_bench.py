@@ -312,3 +312,99 @@ def test_names_of_record_files_hold_no_path(bench: SimpleNamespace) -> None:
     assert where["commit"] == "abc123"
     name = bench.conditions.file_name({**where, "device": "AMD EPYC (R) 9/4", "threads": 2})
     assert name == f"{where['date'][:10]}-amd-epyc-r-9-4-2-threads-abc123.jsonl"
+
+
+# ---- Adapters ----
+
+FRAMEWORKS = ("torchtitan", "ms_swift", "openrlhf", "trl", "verl", "skyrl", "megatron", "prime_rl")
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_takes_the_same_step_with_its_loss_and_with_ours(bench: SimpleNamespace, framework: str) -> None:
+    """One of its steps, in small; by processes of its own, where what the framework depends on are stubs."""
+    if bench.adapters.absent(framework):
+        pytest.skip(f"{framework} is not installed: tests/oracles.txt")
+    case = bench.adapters.cases_of(framework, bench.adapters.SMALL)[0]
+    case = case._replace(ways=(case.ways[0], case.ways[-1]))
+    records = bench.adapters.measure(case, rounds=1, repeats=1)
+    assert [r["status"] for r in records] == ["ok", "ok"]
+    assert [r["contender"] for r in records] == list(case.ways)
+    assert records[1]["value"] == pytest.approx(records[0]["value"], rel=1e-5)
+    for r in records:
+        assert r["framework_version"] or framework in bench.adapters.DEFINITIONS
+        assert r["shape"] in ([32, 16, 500], [32, 500]) and r["n"] == 32 and r["vocab"] == 500
+        assert r["group"] == "adapters" and r["dtype"] == "fp32" and r["repeats"] == 1
+        assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] and r["cpu_ms"] > 0 and r["peak_bytes"] >= 0
+        assert f"{framework}: " in r["case"] and r.keys() >= {*bench.records.KEY, "commit", "threads", "date"}
+
+
+def test_every_framework_has_steps_a_page_and_a_table(bench: SimpleNamespace) -> None:
+    assert {case.framework for case in bench.adapter_steps.CASES} == set(bench.adapter_steps.STEPS) == set(FRAMEWORKS)
+    keys = [(case.title, case.dtype, case.loss) for case in bench.adapter_steps.CASES]
+    assert len(set(keys)) == len(keys)
+    for framework in FRAMEWORKS:
+        (page,) = (page for page in bench.report.PAGES if page.name == f"{framework}.md")
+        assert f"<!-- bench:adapters-{framework} -->" in page.read_text()
+
+
+def test_a_step_that_fails_is_a_record_and_not_the_end(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = bench.adapter_steps.Case("prime_rl", "step", "ppo", "fp8", 4, 2, 8)
+    records = bench.adapters.measure(case, rounds=2, repeats=1)
+    assert [r["status"] for r in records] == ["failed: KeyError"] * 2
+    assert "KeyError: 'fp8'" in capsys.readouterr().err
+    assert "failed: KeyError" in bench.adapters.line(records[0])
+
+
+def seen(times: list[float], value: float = 1.0) -> dict[str, Any]:
+    return {"ms": times, "cpu_ms": [2 * ms for ms in times], "peak": int(times[0] * 2**20), "value": value}
+
+
+def test_tables_of_adapters_are_of_their_newest_records(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """A later run of one step displaces that step alone, and nothing that other scripts have measured."""
+    first, second = (
+        bench.adapter_steps.Case("verl", name, "logprobs", "fp32", 4, 0, 8) for name in ("logprobs", "entropy")
+    )
+    ways = bench.adapter_steps.Case(
+        "megatron", "GPTModel", "cross_entropy", "fp32", 4, 2, 8, ways=("unfused", "install()")
+    )
+
+    def record(case: Any, way: str, ms: float, date: str, status: str = "ok") -> dict[str, Any]:
+        runs = [seen([ms, ms + 1, ms + 2]), seen([ms])] if status == "ok" else []
+        return {**bench.adapters.record(case, way, runs, status), "date": date, "commit": date[-2:], "dirty": False}
+
+    measured = bench.adapters.record(first, "fused", [seen([1.0])], "ok")
+    older = [record(case, way, 10, "2026-01-01") for case in (first, second) for way in ("theirs", "ours")]
+    older += [record(ways, "unfused", 30, "2026-01-01"), record(ways, "install()", 20, "2026-01-01", "failed: E")]
+    older += [{**measured, "case": "4x8", "group": "fwd+bwd", "date": "2026-01-01"}]
+    newer = [record(second, way, ms, "2026-01-02") for way, ms in (("theirs", 200), ("ours", 100))]
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, records in zip(files, (older, newer), strict=True):
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    devices = bench.records.load(files)
+    texts = bench.tables.tables(devices)
+    head, _, *rows = texts["adapters-verl"].splitlines()[:4]
+    assert head.split(" | ")[1:4] == ["memory, theirs", "memory, ours", "time, theirs"]
+    assert rows == [
+        "| logprobs, 4x8, fp32 | 10 MiB | 10 MiB | 10.5 ms | 10.5 ms | 21.0 ms | 21.0 ms |",
+        "| entropy, 4x8, fp32 | 200 MiB | 100 MiB | 200 ms | 100 ms | 401 ms | 201 ms |",
+    ]
+    assert "commit 02, 01, 2026-01-02; medians of 4 interleaved repeats" in texts["adapters-verl"]
+    _, _, *rows = texts["adapters-megatron"].splitlines()[:4]
+    assert rows == ["| unfused | 30 MiB | 30.5 ms | 61.0 ms |", "| `install()` | failed: E | failed: E | failed: E |"]
+    assert bench.tables.NOT_MEASURED in texts["adapters-trl"] and bench.tables.NOT_MEASURED in texts["trainer-1024"]
+    assert [r["case"] for r in bench.records.where(devices["cpu"][0], group="fwd+bwd")] == ["4x8"]
+
+
+def test_the_table_of_a_trainers_steps(bench: SimpleNamespace) -> None:
+    run = {"ms": [1500.0], "cpu_ms": [2000.0], "peak_rss": 3 * 2**30, "step_rss": 2**30, "losses": [1.0]}
+    records = [bench.trainer.record(name, 1024, 256, "bf16", [run]) for name in ("stock", "head")]
+    lines = bench.tables.tables({"cpu": [records], "cuda": []})["trainer-1024"].splitlines()
+    assert lines[0] == "| 1024x256x151936 | step, bf16 | step memory, bf16 | process, bf16 |"
+    assert lines[2:4] == [
+        "| stock | 1500 ms | 1024 MiB | 3072 MiB |",
+        "| `install(model)` | 1500 ms | 1024 MiB | 3072 MiB |",
+    ]
+    assert bench.tables.NOT_MEASURED in bench.tables.tables({"cpu": [records], "cuda": []})["trainer-4096"]

@@ -128,31 +128,31 @@ def _numbers(function: Loss, dtype: torch.dtype, mask: float) -> Mapping[str, Te
 # ---- A model ----
 
 
-def model(**options: Any) -> GPTModel:
+def model(hidden: int = H, vocab: int = V, length: int = S, **options: Any) -> GPTModel:
     """One layer, of float32."""
     torch.manual_seed(0)
     shared = options.pop("share_embeddings_and_output_weights", False)
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=H,
+        hidden_size=hidden,
         num_attention_heads=2,
         use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **options,
     )
-    return GPTModel(config, get_gpt_layer_local_spec(), V, S, share_embeddings_and_output_weights=shared)
+    return GPTModel(config, get_gpt_layer_local_spec(), vocab, length, share_embeddings_and_output_weights=shared)
 
 
-def batch() -> dict[str, Tensor]:
+def batch(rows: int = B, length: int = S, vocab: int = V) -> dict[str, Tensor]:
     """What GPTModel.forward takes."""
     torch.manual_seed(1)
     return {
-        "input_ids": torch.randint(V, (B, S)),
-        "position_ids": torch.arange(S).expand(B, S),
-        "attention_mask": torch.ones(1, 1, S, S, dtype=torch.bool).triu(1),
-        "labels": torch.randint(V, (B, S)),
-        "loss_mask": (torch.rand(B, S) < 0.7).float(),
+        "input_ids": torch.randint(vocab, (rows, length)),
+        "position_ids": torch.arange(length).expand(rows, length),
+        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).triu(1),
+        "labels": torch.randint(vocab, (rows, length)),
+        "loss_mask": (torch.rand(rows, length) < 0.7).float(),
     }
 
 
