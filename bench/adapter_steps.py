@@ -368,7 +368,7 @@ def prime_rl(case: Case, way: str) -> Step:
 
     head, hidden, labels = head_and_labels(case)
     labels, temperature = labels.clamp(min=0), torch.ones(labels.shape)
-    layer = SimpleNamespace(weight=head.weight, chunk_size=512)
+    layer = SimpleNamespace(weight=head.weight, chunk_size=max(case.tokens // 4, 1))
 
     def run() -> Tensor:
         if way == "theirs":

@@ -316,7 +316,9 @@ class Fluid:
         wanted = np.where((stage == START) & reads, block.on_chip, wanted)
         wanted = np.where((self.freed >= 0) & next_reads, block.row + self.freed, wanted)
         wanted = np.minimum(self.base + wanted, self.arrived + block.flight)
-        announces = (stage == END) | (stage == ZERO) | ((stage == SUM) & (self.done >= block.announced_from * block.row))
+        announces = (
+            (stage == END) | (stage == ZERO) | ((stage == SUM) & (self.done >= block.announced_from * block.row))
+        )
         announced = self.base + block.row * reads + block.announced
         wanted = np.where(announces & next_reads & (block.announced > 0), announced, wanted)
         self.asked = np.maximum(self.asked, wanted)

@@ -23,6 +23,7 @@ from torch import Tensor
 import fused_losses
 
 from .. import on_logprobs
+from ..head import LINE
 from ..importance_weights import masked_importance_weights
 from ..linear_head import LinearHead
 from ._names import called, in_words
@@ -172,10 +173,10 @@ def _mismatch(inputs: LossInputs, rejected: Tensor) -> dict[str, Tensor]:
 
 # ---- The head ----
 
-_TILE = 8192 * 4  # bytes of a token in prime-rl's tiles of 8192 classes, float32
+_MANY = 2048  # tokens of a chunk, at which LinearHead's own choice is no smaller
 
 
-@in_words({"hidden": "hidden_states", "target_tokens": "labels", "chunk_bytes": f"{_TILE} * chunk_size"})
+@in_words({"hidden": "hidden_states", "target_tokens": "labels", "chunk_bytes": "chunk_size"})
 def fused_output_linear(
     self: Any,
     hidden_states: Tensor,
@@ -186,8 +187,9 @@ def fused_output_linear(
     """``FusedOutputLinear.forward``: the logprobs of labels and the entropies, of logits that never exist as a whole.
 
     Args:
-        self: a Linear without a bias, with ``chunk_size`` tokens to a tile, and ``softcap`` where it is Gemma's. Here a
-            chunk of whole rows takes as much memory as such a tile in prime-rl.
+        self: a Linear without a bias, with ``chunk_size`` tokens to a tile, and ``softcap`` where it is Gemma's. Here
+            so many tokens are a chunk, of all classes; from 2048 on as many as :class:`LinearHead` takes by itself.
+            Fewer, to take a tile's memory, would read the weight and its gradient more often than prime-rl does.
         hidden_states: (b, s, H).
         labels: (b, s). None: the logits are returned, as of a Linear.
         temperature: (b, s), by which logits are divided; needed with labels.
@@ -207,7 +209,8 @@ def fused_output_linear(
         return {"logits": logits if softcap is None else softcap * torch.tanh(logits / softcap)}
     if temperature is None:
         raise ValueError("temperature of FusedOutputLinear.forward must be given with labels, one per token")
-    head = LinearHead(hidden_states, self.weight, chunk_bytes=self.chunk_size * _TILE)
+    of_tokens = self.chunk_size * (self.weight.shape[0] * hidden_states.element_size() + LINE)
+    head = LinearHead(hidden_states, self.weight, chunk_bytes=of_tokens if self.chunk_size < _MANY else None)
     logprobs, entropy = fused_losses.logprobs(
         head, labels, return_entropy=True, temperature=temperature, softcap=softcap
     )

@@ -16,6 +16,8 @@ from fused_losses import on_logprobs
 from fused_losses.adapters import prime_rl
 from fused_losses.adapters.comparisons import prime_rl as theirs
 from fused_losses.adapters.slots import installed
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_head import _rows_of as rows_of
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "sapo", "gspo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
 T = 40
@@ -157,6 +159,26 @@ def layer(dtype: torch.dtype = torch.float32, hidden: int = 6, vocab: int = 50) 
     module = torch.nn.Linear(hidden, vocab, bias=False, dtype=dtype)
     module.chunk_size = 3
     return module
+
+
+@pytest.mark.parametrize("chunk_size, rows", [(1, 1), (3, 3), (2047, 2047), (2048, None), (8192, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_has_as_many_tokens_as_a_tile(monkeypatch, dtype, chunk_size, rows):
+    """Fewer, to take a tile's memory, would read the weight as many times more. None: LinearHead's own choice."""
+    asked = []
+
+    def head(*given, chunk_bytes):
+        asked.append(chunk_bytes)
+        return LinearHead(*given, chunk_bytes=chunk_bytes)
+
+    monkeypatch.setattr(prime_rl, "LinearHead", head)
+    module = layer(dtype)
+    module.chunk_size = chunk_size
+    prime_rl.fused_output_linear(
+        module, torch.randn(1, 5, 6).to(dtype), torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5)
+    )
+    (chunk_bytes,) = asked
+    assert rows == (None if chunk_bytes is None else rows_of(chunk_bytes, 50, dtype, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
