@@ -754,7 +754,6 @@ BUGS = {
         "prepare(next_slot);",
         "prepare(ring_slot(slot, 2));",
     ),
-    "the number of a row not kept": ("cuda/kernels.cuh", "if (first_lane) shared.prepared[slot].row = i;", ""),
     "the gradient's row for the logits'": (
         "cuda/kernels.cuh",
         "to.grad = row_of(p.grad, i);",
