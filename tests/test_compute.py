@@ -333,7 +333,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("wrong length", {"advantages": [1.0] * 5}, ValueError, r"advantages.*\(14,\).*\(5,\)"),
     ("wrong shape of targets", {"target_tokens": [1] * 5}, ValueError, r"target_tokens.*\(5,\)"),
     ("wrong dtype of a tensor", {"advantages": torch.ones(N).int()}, TypeError, "advantages.*int32"),
-    ("tensor elsewhere", {"logprobs": torch.ones(N, device="meta")}, ValueError, "old_logprobs.*cpu.*meta"),
+    ("tensor elsewhere", {"logprobs": torch.ones(N, device="meta")}, ValueError, "^logprobs must be .*cpu.*meta"),
     ("target out of range", {"target_tokens": [V] * N}, ValueError, f"target_tokens.*{V}"),
     ("unknown backend", {"backend": "tpu"}, ValueError, "backend.*tpu"),
     ("logits of a list", {"logits": [[1.0]]}, TypeError, "logits.*list"),
