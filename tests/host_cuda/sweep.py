@@ -518,6 +518,8 @@ def softcaps(module, chip):
     """Chunks near 0, far from it on one side or both, and mixed; caps and temperatures at which each is a matter. In
     float32, whose levels are kept on chip, and in 16 bits; with entropies and with nothing but the mass."""
     softcapped(module, chip, FLOAT32, 1300, 1290, entropy=True)  # in the third chunk: the first two are whole
+    if chip is None or chip.team == 2:  # levels are kept, and moments left out, by blocks of their own on chip
+        return
     softcapped(module, chip, FLOAT32, 1300, 1290, entropy=False)
     softcapped(module, chip, BFLOAT16, 2600, 2580, entropy=True)
     softcapped(module, chip, FLOAT16, 2600, 2580, entropy=False)
@@ -764,7 +766,8 @@ def main(library, cases, first=None):
     by_hand = [(f"{f.__name__}, {chip}", lambda f=f, chip=chip: f(module, chip)) for f in quick for chip in chips]
     random = [(f"case {case['seed']}", Case(module, case).check) for case in drawn]
     once = [(f.__name__, lambda f=f: f(module)) for f in (sure_squares, ties)]
-    for name, run in [*once, *by_hand, *random, ("many_rows", lambda: many_rows(module))]:
+    # Random cases first: a bug is found sooner.
+    for name, run in [*random, *once, *by_hand, ("many_rows", lambda: many_rows(module))]:
         try:
             run()
         except (Wrong, RuntimeError) as error:
