@@ -695,8 +695,8 @@ BUGS = {
     "no wait in a masked row": ("cuda/kernels.cuh", "            chip.wait_first();\n", ""),
     "no barrier in a masked row": (
         "cuda/kernels.cuh",
-        "        } else {\n            __syncthreads();\n        }\n",
-        "        }\n",
+        "            __syncthreads();\n        }\n        // One barrier ago",
+        "        }\n        // One barrier ago",
     ),
     "targets of 32 bits side by side": (
         "cuda/token_ring.cuh",

@@ -86,7 +86,7 @@ class Turns {
     __device__ __forceinline__ int row() const { return first_ + place_; }
     __device__ __forceinline__ void advance() {
         first_ += teams_;
-        place_ += static_cast<unsigned>(teams_) * 3 / 8;
+        place_ += static_cast<unsigned>(teams_) * 3 / 8;  // formed here: no register has it over a row
         if (place_ >= teams_) place_ -= teams_;
     }
 
@@ -174,17 +174,12 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         Row row(now.z, now.left_out, problem.targets, slot, aim(slot, i), i, vocab, p.logprobs.data, p.logprobs.n);
         bool near = true;
         uint32_t costly = 0;
-        Online<Sums> mine;
-        float& target = shared.target[turn];
         if (logits) {
+            float& target = shared.target[turn];
             const auto found = [&](float logit) { team.tell(target, logit); };
             row.read_several_targets(logits, p.logprobs.data);
-            mine = chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, mass_only, costly);
-        } else {  // nothing of the row, and of the barrier, is waited for before memory has it to do
-            chip.wait_first();
-            zero_row(in_global(now.grad), part.size);
-        }
-        if (logits) {
+            const Online<Sums> mine =
+                chip.template sum<Sums>(logits, now.span, now.left_out_here, row.z, found, mass_only, costly);
             const Online<Sums> all = row.gather(mine, shared.row, turn, team);
             row.take_target(target);
             row.see(all);
@@ -193,7 +188,9 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
                 row.see(row.gather(sum_row<Sums>(logits, part.size, now.left_out_here.element, row.z), shared.row, turn,
                                    team));
             row.evaluate(problem, problem.denominator.at(0), shared.row, turn);
-        } else {
+        } else {  // memory has its zeros to write while the block meets
+            chip.wait_first();
+            zero_row(in_global(now.grad), part.size);
             __syncthreads();
         }
         // One barrier ago, at least: all threads see what is prepared, and none needs the last token's numbers.

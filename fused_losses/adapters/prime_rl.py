@@ -176,7 +176,7 @@ def _mismatch(inputs: LossInputs, rejected: Tensor) -> dict[str, Tensor]:
 _MANY = 2048  # tokens of a chunk, at which LinearHead's own choice is no smaller
 
 
-@in_words({"hidden": "hidden_states", "target_tokens": "labels", "chunk_bytes": "chunk_size"})
+@in_words({"hidden": "hidden_states", "target_tokens": "labels", "chunk_bytes": "the bytes of chunk_size tokens"})
 def fused_output_linear(
     self: Any,
     hidden_states: Tensor,
