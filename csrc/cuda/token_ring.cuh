@@ -9,7 +9,7 @@
 
 namespace fused_losses {
 
-// The row's, the next row's, whose row is prepared, the one after it, whose row is being prepared, and one on its way.
+// The row's, the next row's, which is prepared, those of the one after it, which have come, and one that is on its way.
 constexpr int kRingTokens = 4;
 
 // A token's place in the ring, so many after another's.
