@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
             to.left_out_here = chip.place_of(to.span, part.index_of(row.left_out), to.grad);
         }
         chip.announce(to.logits, to.span, params.announced);
+        __syncwarp();  // all have read the row
         if (first_lane) shared.prepared[slot] = to;
     };
 

@@ -222,10 +222,14 @@ class TermsRow {
             const int target = index(k);
             if (target < 0 || share(k) == 0.f) continue;
             float shares = 0.f;
+            bool written = false;  // by the thread that has the same target before
 #pragma unroll 4
-            for (int i = 0; i < num(); ++i)
-                if (index(i) == target) shares += share(i);
-            assign(grad[target], target_element(k, shares));  // of a target that is there twice: the same bits twice
+            for (int i = 0; i < num(); ++i) {
+                const float of_it = index(i) == target ? share(i) : 0.f;
+                shares += of_it;
+                written |= i < k && of_it != 0.f;
+            }
+            if (!written) assign(grad[target], target_element(k, shares));
         }
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ CSRC = HERE.parents[1] / "csrc"
 CXX = os.environ.get("CXX", "g++")
 # Vectors are read through uint4, as CUDA allows; the bindings want hidden symbols.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+WATCH = ["-g", "-DFL_RACES"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 LIBRARY = "_host_cuda.so"
 
@@ -42,8 +44,19 @@ def bindings(folder: Path) -> Path:
     return compile_object(folder, "module.cpp", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
 
 
-def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str, str, str] | None = None) -> Path:
-    """The library. edit: (file in csrc, text that occurs once in it, its replacement)."""
+def races(folder: Path) -> Path:
+    """The detector of races, to be linked with device code that is watched."""
+    return compile_object(folder, "races.cpp", "-O2", *WATCH)
+
+
+def build(
+    folder: Path,
+    *objects: Path,
+    sanitize: bool = False,
+    watch: bool = False,
+    edit: tuple[str, str, str] | None = None,
+) -> Path:
+    """The library. watch: for races(). edit: (file in csrc, text that occurs once in it, its replacement)."""
     source = folder / "csrc"
     shutil.copytree(CSRC, source, ignore=shutil.ignore_patterns("cpu", "bindings*"))
     if edit:
@@ -51,9 +64,17 @@ def build(folder: Path, *objects: Path, sanitize: bool = False, edit: tuple[str,
     # most bugs are found sooner than code is optimised
     flags = [*FLAGS, *(SANITIZE if sanitize else ["-O0"] if edit else [])]
     device = folder / "device.o"
-    run(CXX, *flags, f"-I{HERE}", f"-I{source}", "-c", HERE / "device.cpp", "-o", device)
+    watched = [*WATCH, "-fsanitize=thread"] if watch else []  # of which the linker is not told: races.cpp has it all
+    run(CXX, *flags, *watched, f"-I{HERE}", f"-I{source}", "-c", HERE / "device.cpp", "-o", device)
     run(CXX, *flags, "-shared", *objects, device, "-o", folder / LIBRARY)
     return folder / LIBRARY
+
+
+def located(message: str, library: Path) -> str:
+    """What races.cpp says, with the lines of code that it means."""
+    for offset in re.findall(r"at (\d+) (?:reads|writes|read|wrote)", message):
+        message += run("addr2line", "-Cfie", library, hex(int(offset)))
+    return message
 
 
 def edited(file: str, old: str, new: str) -> str:

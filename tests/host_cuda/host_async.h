@@ -18,6 +18,8 @@ namespace host_cuda {
 class Copies {
   public:
     void ask(void* to, const void* from, int bytes) {
+        const Aside aside;
+        see_copied(to, from, bytes);
         if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
             fail("a copy is not aligned to its size");
         if (bytes == sizeof(uint4) && (offset(to) - reinterpret_cast<intptr_t>(from)) % 128)
@@ -33,14 +35,17 @@ class Copies {
         ++asked;
     }
     void commit() {
+        const Aside aside;
         Thread& thread = mine();
         thread.groups.push_back(std::move(thread.open));
         thread.open.clear();
     }
     void wait(int pending) {
+        const Aside aside;
         auto& groups = mine().groups;
         for (; static_cast<int>(groups.size()) > pending; groups.pop_front())
             for (const Copy& copy : groups.front()) {
+                see_copied(copy.to, copy.from, copy.bytes);
                 memcpy(copy.to, descending ? copy.from : copy.early, copy.bytes);
                 Place& place = at(copy.to, copy.bytes);
                 place.pending = false;
@@ -48,6 +53,8 @@ class Copies {
             }
     }
     uint4 read(const uint4* slot) {
+        const Aside aside;
+        see(slot, sizeof *slot, false, __builtin_return_address(0));
         const Place& place = at(const_cast<uint4*>(slot), sizeof(uint4));
         if (place.owner == kNobody) fail("a slot is read that was never filled");
         if (place.pending) fail("a slot is read whose copy has not been waited for");
@@ -88,6 +95,11 @@ class Copies {
         int arrived = 0;  // after so many barriers
     };
 
+    // When it is asked for and when it arrives: at one of the two, or between them, it happens.
+    static void see_copied(const void* to, const void* from, int bytes) {
+        see(from, bytes, false, __builtin_return_address(0));
+        see(to, bytes, true, __builtin_return_address(0));
+    }
     static unsigned me() { return static_cast<unsigned>(block.running()); }
     Thread& mine() {
         threads_.resize(block.threads.x * block.together());
@@ -143,6 +155,7 @@ T exchange_in_slot(uint4* slot, int i, T other) {
 
 // A hint, but of what may be read, and aligned.
 inline void prefetch(const void* from, int bytes) {
+    const host_cuda::Aside aside;
     if (bytes > 0 && (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)) host_cuda::fail("a misaligned prefetch");
     const volatile char* bytes_of = static_cast<const volatile char*>(from);
     for (int i = static_cast<int>(threadIdx.x % 32) * 16; i < bytes; i += 32 * 16) (void)bytes_of[i];

@@ -3,8 +3,8 @@
 // Blocks run one after another; of a cluster one runs until it waits for the others, and then the next. Within a block,
 // one warp runs until all its lanes wait, then the next: ascending or descending, so that what a missing barrier leaves
 // to chance goes both ways. Shared memory starts as NaN bytes. A block whose threads wait for each other forever is an
-// error, and so is another block's shared memory before that has begun or after it has ended. Not modelled: memory
-// ordering, caches, launch limits, speed.
+// error, and so is another block's shared memory before that has begun or after it has ended. What orders memory, and
+// what does not, is for races.cpp. Not modelled: caches, speed.
 #pragma once
 
 #include <math.h>
@@ -60,6 +60,12 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStack]};
     State state = done;
     void* fake_stack = nullptr;
+    int warp_barriers = 0;  // behind it
+};
+
+// When a thread does something: what races.cpp orders it by. barriers: that it has behind it.
+struct Moment {
+    int cluster = -1, thread = 0, barriers = 0, pair_barriers = 0, warp_barriers = 0;
 };
 
 struct Warp {
@@ -74,6 +80,8 @@ class Block {
     Dim index{}, blocks{}, threads{}, thread{};  // index, thread: of the fiber that runs
     size_t shared_bytes = 0;
     void (*ended)() = nullptr;  // called when all threads of a block have returned
+    int64_t launch = 0, run_number = 0;
+    bool watched = false;  // whether it is device code that runs, and none of what stands in for something
 
     int rank() const { return static_cast<int>(index.x) - first_; }
     int together() const { return together_; }
@@ -89,8 +97,10 @@ class Block {
     template <class Params>
     void run(void (*kernel)(Params), const Params& params, int first, int together) {
         const int count = static_cast<int>(threads.x) * together;
+        ++run_number;
         first_ = first;
         together_ = together;
+        pair_barriers_ = 0;
         warps_.assign(count / kWarp, Warp{});
         begun_.assign(together, false);
         barriers_.assign(together, 0);
@@ -110,13 +120,31 @@ class Block {
     }
 
     void wait(Fiber::State state) {
+        const bool was = std::exchange(watched, false);
         Fiber& self = *fibers_[running()];
         self.state = state;
         to_scheduler(self, false);
+        watched = was;
     }
 
     // How many barriers of all its threads the block has behind it.
     int barriers() const { return barriers_[rank()]; }
+
+    Moment now() const {
+        const int thread = running();
+        return {first_, thread, barriers(), pair_barriers_, fibers_[thread]->warp_barriers};
+    }
+    void passed_warp_barrier() { ++fibers_[running()]->warp_barriers; }
+    bool is_shared(const void* p) const {
+        for (const auto& memory : shared_)
+            if (memory.data() <= p && p < memory.data() + memory.size()) return true;
+        return false;
+    }
+    // Whether nobody else can see it: the stack of the fiber that runs, or the model itself.
+    bool is_private(const void* p) const {
+        const char* const stack = fibers_[running()]->stack.get();
+        return (stack <= p && p < stack + kStack) || (this <= p && p < this + 1);
+    }
 
     // Of the fiber that runs: its number in the cluster.
     int running() const { return rank() * static_cast<int>(threads.x) + static_cast<int>(thread.x); }
@@ -153,6 +181,7 @@ class Block {
                  std::to_string(in(Fiber::at_barrier, 0, count)) + " are at a barrier and " +
                  std::to_string(in(Fiber::at_cluster_barrier, 0, count)) + " at one of the cluster");
         for (int& barriers : barriers_) ++barriers;
+        ++pair_barriers_;
         release(Fiber::at_cluster_barrier, 0, count);
         return true;
     }
@@ -181,6 +210,7 @@ class Block {
         fiber.context.uc_stack.ss_size = kStack;
         fiber.context.uc_link = nullptr;
         fiber.fake_stack = nullptr;
+        fiber.warp_barriers = 0;
         const uintptr_t self = reinterpret_cast<uintptr_t>(this);
         makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 2, static_cast<unsigned>(self),
                     static_cast<unsigned>(self >> 32));
@@ -190,8 +220,10 @@ class Block {
     static void enter(unsigned low, unsigned high) {
         Block& block = *reinterpret_cast<Block*>(static_cast<uintptr_t>(high) << 32 | low);
         block.arrived_in_fiber(nullptr);
+        block.watched = true;
         block.body_(block.kernel_, block.params_);
         Fiber& self = *block.fibers_[block.running()];
+        block.watched = false;
         self.state = Fiber::done;
         block.to_scheduler(self, true);
     }
@@ -225,13 +257,30 @@ class Block {
     std::vector<std::vector<uint64_t>> shared_;
     std::vector<bool> begun_;
     std::vector<int> barriers_;
-    int first_ = 0, together_ = 1;
+    int first_ = 0, together_ = 1, pair_barriers_ = 0;
     void (*body_)(const void*, const void*) = nullptr;
     const void* kernel_ = nullptr;
     const void* params_ = nullptr;
 };
 
 inline Block block;
+
+// As long as it lives, nothing is watched.
+class Aside {
+  public:
+    Aside() : was_(std::exchange(block.watched, false)) {}
+    ~Aside() { block.watched = was_; }
+
+  private:
+    const bool was_;
+};
+
+// The thread that runs accesses these bytes, for something that stands in for it.
+#if defined(FL_RACES)
+void see(const void* p, size_t bytes, bool writes, const void* from);
+#else
+inline void see(const void*, size_t, bool, const void*) {}
+#endif
 
 inline void check_aligned(const uint4* p) {
     if (reinterpret_cast<uintptr_t>(p) % 16) fail("misaligned vector access");
@@ -251,6 +300,7 @@ class Stores {
 
     void store(const void* to) {
         if (!counts_) return;
+        const Aside aside;
         const unsigned lane = block.thread.x, of_block = block.index.x;
         const unsigned nth = nth_[{of_block, lane}]++;
         lines_ += seen_.insert({of_block, lane / kWarp, nth, reinterpret_cast<uintptr_t>(to) / 128}).second;
@@ -275,6 +325,7 @@ inline host_cuda::Dim& gridDim = host_cuda::block.blocks;
 inline void __syncthreads() { host_cuda::block.wait(host_cuda::Fiber::at_barrier); }
 
 inline int __syncthreads_or(int predicate) {
+    const host_cuda::Aside aside;
     static int any = 0;  // of one block at a time, but for a team's, which do not come here
     any |= predicate != 0;
     __syncthreads();
@@ -289,6 +340,7 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int operand) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "");
     using namespace host_cuda;
+    const Aside aside;
     Warp& warp = block.warp();
     const int lane = block.thread.x % kWarp;
     if (mask != 0xffffffffu) fail("only full masks are modelled");
@@ -308,7 +360,11 @@ T __shfl_xor_sync(unsigned mask, T value, int operand) {
 }
 
 // Lanes run one after another: one is past this only when all have come to it.
-inline void __syncwarp() { __shfl_xor_sync(0xffffffffu, 0, 1); }
+inline void __syncwarp() {
+    const host_cuda::Aside aside;
+    __shfl_xor_sync(0xffffffffu, 0, 1);
+    host_cuda::block.passed_warp_barrier();
+}
 
 inline int __any_sync(unsigned mask, int predicate) {
     for (int lane = host_cuda::kWarp / 2; lane > 0; lane /= 2) predicate |= __shfl_xor_sync(mask, predicate, lane);
@@ -430,6 +486,7 @@ T* in_global(T* p) {
 
 template <class S>
 S& shared_memory() {
+    const host_cuda::Aside aside;
     if (sizeof(S) > host_cuda::block.shared_bytes) host_cuda::fail("the launch asked for too little shared memory");
     return *reinterpret_cast<S*>(host_cuda::block.shared(host_cuda::block.rank()));
 }
@@ -442,6 +499,7 @@ inline void pair_barrier() {
 template <class T>
 T* place_of(T* mine, unsigned rank) {
     using host_cuda::block;
+    const host_cuda::Aside aside;
     const int64_t at = reinterpret_cast<char*>(mine) - block.shared(block.rank());
     if (at < 0 || at + sizeof(T) > block.shared_bytes) host_cuda::fail("no place of the block's shared memory");
     if (static_cast<int>(rank) >= block.together()) host_cuda::fail("a block outside the cluster");

@@ -163,6 +163,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* asked, void (*kernel)(P
     block.blocks.x = blocks;
     block.threads.x = threads;
     block.shared_bytes = config.dynamicSmemBytes;
+    ++block.launch;
     for (unsigned i = 0; i < blocks; i += together)
         block.run(kernel, params, descending ? blocks - together - i : i, together);
     return cudaSuccess;
