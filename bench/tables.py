@@ -273,11 +273,11 @@ def ratios(devices: dict[str, list[Device]]) -> str:
     """Of all devices, forward and backward as a multiple of the copy of the logits: what the README shows."""
     rows_of: list[tuple[str, list[Record]]] = []  # a label, and what was measured of its case
     lines = []
-    for device in (device for device_type in ("cpu", "cuda") for device in devices[device_type]):
-        group = where(device, group="fwd+bwd", backend=(None, "cpu", "cuda"))
-        shown = main_cases(group) or [
-            r for r in where(group, loss="cross_entropy") if re.fullmatch(r"\d+: \d+x\d+", r["case"])
-        ]
+    for device, loss in [
+        (device, loss) for kind, loss in (("cpu", "ppo"), ("cuda", "cross_entropy")) for device in devices[kind]
+    ]:
+        group = where(device, group="fwd+bwd", backend=(None, "cpu", "cuda"), loss=loss)
+        shown = [r for r in group if re.fullmatch(r"(\d+: )?\d+x\d+", r["case"])]
         for name, case, loss, dtype in distinct(shown, "device", "case", "loss", "dtype"):
             shape = case.split(": ")[-1]
             rows_of.append(

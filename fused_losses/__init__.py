@@ -1,4 +1,5 @@
-"""Fused losses over vocabulary-sized logits: the loss layer of LLM fine-tuning and RL at the speed of a memory copy."""
+"""Fused losses over vocabulary-sized logits: the loss layer of LLM fine-tuning and RL, on its way to
+the speed of a memory copy."""
 
 import os as _os
 

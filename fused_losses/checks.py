@@ -429,7 +429,8 @@ def number(name: str, value: float, or_tensor: str = "") -> float:
     if size > _LARGEST and size != math.inf:
         raise ValueError(f"{name} must be within float32's range, got {number}, which float32 has as infinity")
     if size < _SMALLEST and size != 0:
-        raise ValueError(f"{name} must be 0 or at least float32's {_SMALLEST:.3g}, got {number}, which may become 0")
+        zero = "" if LEAST.get(name) == (0.0, False) else "0 or "
+        raise ValueError(f"{name} must be {zero}at least float32's {_SMALLEST:.3g}, got {number}, which may become 0")
     return number
 
 

@@ -56,7 +56,7 @@ _TABLE = (
         "advantages",
         "Tensor | float",
         REQUIRED,
-        "a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.",
+        "a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.",
         group="inputs",
         neutral=0.0,
     ),

@@ -430,7 +430,7 @@ def reinforce(
             one is not 1, or more than two others are needed, the logits are copied. Or a :class:`LinearHead`, which
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples of another policy; see
             :func:`truncated_importance_weights`. Default None: 1.
         entropy_coef: number or per-token tensor; ``-entropy_coef * H`` is added to the loss, H being the entropy of the
@@ -619,7 +619,7 @@ def importance_sampling(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
             with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
@@ -830,7 +830,7 @@ def ppo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
             tensors. Default 0.8 and 1.2.
         dual_clip: at A < 0 the loss is at most ``-dual_clip * A``; a number or a per-token tensor, at least 1. Ye et
@@ -1047,7 +1047,7 @@ def cispo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
             tensors. Default 0.8 and 1.2.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
@@ -1474,7 +1474,7 @@ def sapo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         tau_positive, tau_negative: steepness of the gate, greater than 0; numbers or per-token tensors. Default 1 and
             1.05.
         ratio_level: "token", one pass; or "sequence", two phase, r being the ratio of :func:`gspo`, also where it
@@ -1698,7 +1698,7 @@ def dppo_tv(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
             and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
         ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
@@ -1915,7 +1915,7 @@ def dppo_kl(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
             and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
         ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
@@ -2150,7 +2150,7 @@ def gspo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
@@ -2378,8 +2378,8 @@ def gmpo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
-            all tokens of a sequence.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0. The
+            same for all tokens of a sequence.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
@@ -2612,8 +2612,8 @@ def vespo(
             makes them a chunk at a time, or a :class:`VocabShard` of them.
         target_tokens: (...) int64 or int32, in [0, V) or ``ignore_index``.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
-            all tokens of a sequence.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0. The
+            same for all tokens of a sequence.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.

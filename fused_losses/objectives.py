@@ -227,7 +227,13 @@ def _checked(loss: Tensor, g: Tensor, logp: Tensor, valid: Tensor | None = None)
 
 @dataclass(frozen=True)
 class Objective:
-    """One row of the table: the formula and the names of its inputs, in the order in which kernels take them."""
+    """The loss of a token with its derivative, as :func:`policy_loss` takes it: ``docs/custom_objectives.md``.
+
+    ``name`` is for messages. ``formula(logp, *columns) -> (loss, g)``: torch operations on tensors of one float32 value
+    per token; g is dloss/dlogp, without a graph. The columns are ``inputs``, ``bounds`` and ``limits`` by their names,
+    numbers or tensors that broadcast to the tokens, in this order; limits may be left out, and are inf then.
+    ``triton``: the same formula as a ``triton.jit`` function, for one pass on that backend.
+    """
 
     name: str
     formula: Callable[..., Loss]

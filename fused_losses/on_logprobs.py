@@ -242,7 +242,7 @@ def reinforce(
     Args:
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples of another policy; see
             :func:`truncated_importance_weights`. Default None: 1.
         entropy: (...) float: the entropy of each token's distribution under the same policy, for ``entropy_coef``.
@@ -375,7 +375,7 @@ def importance_sampling(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
             with no gradient beyond; a number or a per-token tensor, at least 0. Default None: no clamp.
         importance_weights: per-token factor of the objective, not of KL and entropy, for samples whose true sampler is
@@ -530,7 +530,7 @@ def ppo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
             tensors. Default 0.8 and 1.2.
         dual_clip: at A < 0 the loss is at most ``-dual_clip * A``; a number or a per-token tensor, at least 1. Ye et
@@ -691,7 +691,7 @@ def cispo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         clip_low_threshold, clip_high_threshold: absolute bounds on the ratio, 0 <= low <= high; numbers or per-token
             tensors. Default 0.8 and 1.2.
         log_ratio_clamp: ``logp - old_logprobs`` is clamped to [-log_ratio_clamp, log_ratio_clamp] wherever it is used,
@@ -1006,7 +1006,7 @@ def sapo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         tau_positive, tau_negative: steepness of the gate, greater than 0; numbers or per-token tensors. Default 1 and
             1.05.
         ratio_level: "token"; or "sequence", r being the ratio of :func:`gspo`, also where it weights the KL. Default
@@ -1174,7 +1174,7 @@ def dppo_tv(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
             and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
         ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
@@ -1335,7 +1335,7 @@ def dppo_kl(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         divergence_low, divergence_high: how far the token's probability may have moved, at least 0: down, for A < 0,
             and up, for A > 0. Numbers or per-token tensors. Default 0.2 and 0.2.
         ratio_cap: the weight is at most this; a number or a per-token tensor, at least 0. Default None: no such bound.
@@ -1514,7 +1514,7 @@ def gspo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
@@ -1686,8 +1686,8 @@ def gmpo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
-            all tokens of a sequence.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0. The
+            same for all tokens of a sequence.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.
@@ -1864,8 +1864,8 @@ def vespo(
         logprobs: (...) float32, float64, bfloat16 or float16: the logprob of each token under the policy being trained.
             With 16 bits they are brought to float32.
         old_logprobs: logprobs of the targets under the policy that sampled them, a number or broadcastable to (...).
-        advantages: a number or broadcastable to (...). Advantage 0 makes a token's loss and gradient 0. The same for
-            all tokens of a sequence.
+        advantages: a number or broadcastable to (...). Advantage 0 makes a token's objective and its gradient 0. The
+            same for all tokens of a sequence.
         cu_seqlens: (B + 1,) int32 or int64, 0 and the end of each sequence, the tokens of all shapes counted in
             row-major order. Default None: the last dimension of the tokens is the sequence.
         sequence_ratio_mask: broadcastable to (...); the tokens, any value but 0, that a sequence's ratio is made of.

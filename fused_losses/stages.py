@@ -131,7 +131,7 @@ class OnePass(torch.autograd.Function):
             raise RuntimeError(
                 "a second backward through a one-pass fused loss: the first one consumed its gradient. "
                 "Before each backward call the loss anew, or the model or trainer that computes it; or pass "
-                "recompute=True where you call the loss yourself."
+                "recompute=True, without inplace=True, where you call the loss yourself."
             )
         versions = _versions(gradients)  # asked once: what is traced is said of each frame anew
         if None not in (ctx.versions, versions) and ctx.versions != versions:

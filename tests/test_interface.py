@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,18 @@ def test_auto_chooses_the_fastest_that_works():
         first = next(name for name in order if backends.unusable(name, device) is None)
         assert backends.choose(device) == first
         assert backends.resolve("auto", device) is backends.resolve(first, device)
+
+
+def test_auto_says_where_it_has_nothing_but_eager(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(backends.named("cpu"), "cause", "it was not built")
+    resolve = backends.resolve.__wrapped__  # what was resolved before is kept
+    with pytest.warns(UserWarning, match="eager.* on cpu.*backend='cpu' can't run: it was not built"):
+        assert resolve("auto", cpu) is backends.named("eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("eager", cpu)  # as asked for
+        resolve("auto", torch.device("meta"))
 
 
 def test_no_environment_variable_is_read():

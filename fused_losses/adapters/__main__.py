@@ -1,6 +1,7 @@
 """``python -m fused_losses.adapters [FRAMEWORK ...]``: the slots of installed frameworks, their numbers beside ours.
 
-Exit code 1 if a difference is beyond its tolerance or a slot is not where it was.
+Exit code 1 if a difference is beyond its tolerance, a slot is not where it was, or a framework that was named could not
+be compared.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ HEAD = f"{'slot':58} {'case':30} {'largest difference':28} {'theirs':>10} {'ours
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_losses.adapters", description=__doc__.split("\n")[0])
     parser.add_argument("framework", nargs="*", help=f"some of {', '.join(FRAMEWORKS)}; all if none is named")
-    chosen = parser.parse_args().framework or list(FRAMEWORKS)
+    named = parser.parse_args().framework
+    chosen = named or list(FRAMEWORKS)
     if unknown := [name for name in chosen if name not in FRAMEWORKS]:
         parser.error(f"framework must be one of {', '.join(FRAMEWORKS)}, got {', '.join(unknown)}")
-    fine = [shown(framework) for framework in chosen]  # all of them, whatever the first says
+    fine = [shown(framework, bool(named)) for framework in chosen]  # all of them, whatever the first says
     return 0 if all(fine) else 1
 
 
-def shown(framework: str) -> bool:
-    """Prints the framework's table; whether all is within tolerance."""
-    name = f"{FRAMEWORKS[framework]} {comparison.version(framework) or ''}"
+def shown(framework: str, wanted: bool) -> bool:
+    """Prints the framework's table; whether all is within tolerance, and there, if it is wanted."""
+    version = comparison.version(framework)
+    name = f"{FRAMEWORKS[framework]} {version or ''}".rstrip()
     found, fine, head = comparison.comparisons(framework), True, f"\n{name}\n{HEAD}\n"
     while True:
         try:  # each when the one before has run: what they run in may be theirs to make and to take down
@@ -34,8 +37,8 @@ def shown(framework: str) -> bool:
         except ImportError as error:  # of the framework, or of what it needs
             if (error.name or "").startswith("fused_losses"):
                 raise
-            print(f"\n{name}: not compared, {error}")
-            return True
+            print(f"\n{name}: not compared, {error if version else 'it is not installed'}")
+            return not wanted
         except RuntimeError as error:
             print(f"\nFAILED {error}")
             return False

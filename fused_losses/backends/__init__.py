@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..objectives import Objective
 
 NAMES = ("cuda", "triton", "cpu", "eager")
+_CHOICES: dict[str, tuple[BackendName, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # "auto", best first
 
 
 class Backend(Protocol):
@@ -68,6 +70,8 @@ def resolve(name: BackendName, device: torch.device) -> Backend:
     """The backend that runs on ``device``. "auto" chooses; an explicit name raises where it can't run."""
     if name == "auto":
         name = choose(device)
+        if name == "eager" and device.type != "meta":
+            _warn_of_eager(device)
     backend = named(name)
     reason = backend.unusable(device)
     if reason is not None:
@@ -77,11 +81,20 @@ def resolve(name: BackendName, device: torch.device) -> Backend:
 
 def choose(device: torch.device) -> BackendName:
     """What "auto" means: cuda, else triton, for CUDA tensors; cpu for CPU tensors; else eager."""
-    candidates: dict[str, tuple[BackendName, ...]] = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
-    for name in candidates.get(device.type, ()):
+    for name in _CHOICES.get(device.type, ()):
         if unusable(name, device) is None:
             return name
     return "eager"
+
+
+def _warn_of_eager(device: torch.device) -> None:
+    """Nobody who measures would choose it."""
+    causes = [f"backend={name!r} can't run: {unusable(name, device)}" for name in _CHOICES.get(device.type, ())]
+    warnings.warn(
+        f"fused_losses takes backend='eager' on {device}, which is slower than eager code of one's own: "
+        + ("; ".join(causes) or f"no other runs on {device.type}"),
+        stacklevel=3,
+    )
 
 
 def unusable(name: str, device: torch.device) -> str | None:

@@ -11,6 +11,7 @@ import pytest
 
 import fused_losses.adapters
 from fused_losses.adapters import comparison
+from fused_losses.adapters.__main__ import main
 
 FRAMEWORKS = sorted(path.stem for path in Path(comparison.__file__).parent.glob("comparisons/[!_]*.py"))
 STUBBED = Path(__file__).parent / "stubbed.py"
@@ -20,6 +21,19 @@ def test_every_adapter_is_compared():
     adapters = Path(fused_losses.adapters.__file__).parent
     assert sorted({path.stem for path in adapters.glob("[!_]*.py")} - {"slots", "comparison"}) == FRAMEWORKS
     assert set(FRAMEWORKS) <= set(comparison.FRAMEWORKS)
+
+
+def test_a_framework_that_is_asked_for_and_missing(monkeypatch, capsys):
+    def missing(framework):
+        raise ImportError(name="of_the_framework")
+        yield
+
+    monkeypatch.setattr(comparison, "comparisons", missing)
+    monkeypatch.setattr(comparison, "version", lambda framework: None)
+    for arguments, code in (["trl"], 1), ([], 0):
+        monkeypatch.setattr(sys, "argv", ["adapters", *arguments])
+        assert main() == code
+        assert "\ntrl: not compared, it is not installed\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
