@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fused_losses
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (not run|needs): (.+?) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -35,6 +37,24 @@ def test_python_blocks(page):
         # at its own line of the page, for tracebacks, and for triton.jit, which reads a function's source
         lines_before = text.count("\n", 0, block.start(3))
         exec(compile("\n" * lines_before + code, page, "exec"), namespace)
+
+
+def test_the_code_that_readme_compares():
+    """Its first two blocks, which lack what they are given: the same loss."""
+    eager, ours = (block.group(3) for block in list(BLOCK.finditer(PAGES[0].read_text()))[:2])
+    torch.manual_seed(0)
+    targets = torch.randint(0, 50, (3, 8))
+    targets[:, :2] = -100
+    given = {
+        "torch": torch, "fused_losses": fused_losses, "logits": torch.randn(3, 8, 50), "targets": targets,
+        "old_logprobs": torch.randn(3, 8) - 4, "advantages": torch.randn(3, 8),
+    }  # fmt: skip
+    losses = []
+    for code in (eager, ours):
+        namespace = dict(given)
+        exec(code, namespace)
+        losses.append(namespace["loss"])
+    torch.testing.assert_close(*losses)
 
 
 @pages
