@@ -188,7 +188,7 @@ def logprobs(
     backend: BackendName,
     return_entropy: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    terms = Terms(entropy=bool(return_entropy))
+    terms = Terms(entropy=checks.flag("return_entropy", return_entropy))
     logp, *entropy = _observed(logits, target_tokens, terms, transform, ignore_index, inplace, backend)
     return (logp, entropy[0]) if return_entropy else logp
 
@@ -238,7 +238,7 @@ def _observed(
         vocab=logits.shape[-1],
         all_logprobs=False,
     )
-    how = How(inplace=bool(inplace), backend=checks.backend(backend))
+    how = How(inplace=checks.flag("inplace", inplace), backend=checks.backend(backend))
     if how.inplace and isinstance(logits, Origin):
         logits.overwritten()  # or it says why not
     if how.inplace and stages.wants_gradient(_made_of(logits)):
@@ -286,6 +286,7 @@ def _run(
     how: How,
 ) -> Result:
     checks.backend(how.backend)
+    checks.flags(how)
     how = _expecting(how, reduction, logits)
     reduce = reduction.reduction != "none"
     if how.inplace:
@@ -398,7 +399,7 @@ def _terms(terms: PolicyTerms, logits: Tensor | Origin) -> Terms:
         entropy_coef=entropy_coef,
         log_ratio_clamp=math.inf if clamp is None else checks.column("log_ratio_clamp", clamp, logits),
         kl_type=terms.kl_type if wanted.kl else None,
-        kl_weighted_by_ratio=bool(terms.kl_weighted_by_ratio),
+        kl_weighted_by_ratio=checks.flag("kl_weighted_by_ratio", terms.kl_weighted_by_ratio),
         entropy=wanted.entropy,
     )
 
@@ -455,15 +456,14 @@ def _composed(
     """sequence_ratio: of a loss of sequences, whether its ratio is theirs; None: a loss of tokens."""
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
+    checks.flags(how)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     if how.inplace and isinstance(logits, Origin):
         logits.overwritten()
     if how.inplace and stages.wants_gradient(_made_of(logits)):
         raise ValueError("inplace=True makes the gradient in forward; a loss in two phases makes it in backward")
     given = {**composition.of_tokens(columns, terms, reduction), "temperature": transform.temperature}
-    checks.columns(given, logits, how.validate)
-    if how.validate:
-        checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
+    brought = checks.columns(given, logits)
     _expecting(how, reduction, logits)  # which any upstream gradient is fine for
     checks.denominator(reduction.denominator, reduction.reduction, logits)
     if sequence_ratio is not None:
@@ -471,6 +471,12 @@ def _composed(
     if sequences.sequence_ratio_mask is not None:
         mask = active_tokens(sequences.sequence_ratio_mask, target_tokens, "sequence_ratio_mask")
         sequences = sequences._replace(sequence_ratio_mask=mask)
+    present = target_tokens != ignore_index
+    columns = {"log_ratio_clamp": terms.log_ratio_clamp, **columns}
+    if how.validate:
+        checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
+        seen = composition.tokens_of(present, columns, sequences, reduction).seen
+        checks.values_in_range(brought, seen.reshape(-1))
 
     def read(tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         shown = target_tokens if tokens is None else target_tokens.masked_fill(~tokens, ignore_index)
@@ -480,8 +486,8 @@ def _composed(
     return composition.composed(
         read,
         objective,
-        target_tokens != ignore_index,
-        {"log_ratio_clamp": terms.log_ratio_clamp, **columns},
+        present,
+        columns,
         sequences,
         terms,
         reduction,

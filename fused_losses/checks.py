@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import NAMES
+from .backends.eager import active_rows
 from .backends.rows import overlap, rows
 from .keywords import FINITE, LEAST, MASKS, MOST
 from .origin import Origin
-from .problem import BackendName, Column, Problem, Sequences, StatisticName
+from .problem import BackendName, Column, How, Problem, Sequences, StatisticName
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COLUMN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -222,15 +223,16 @@ def column(name: str, value: Tensor | float, logits: Tensor | Origin, beside: st
 
 
 def columns(
-    given: Mapping[str, Column | None], logits: Tensor | Origin, validate: bool, beside: str = "logits"
-) -> None:
-    """What a loss takes that is composed of torch operations, and that these bring to its tokens by themselves."""
-    for name, value in given.items():
-        if value is not None or name in _NEVER_NONE:
-            column(name, value, logits, beside)  # type: ignore[arg-type]
+    given: Mapping[str, Column | None], logits: Tensor | Origin, beside: str = "logits"
+) -> Mapping[str, Column | None]:
+    """Of a loss that is composed of torch operations, which bring them to its tokens by themselves."""
+    brought = {
+        name: column(name, value, logits, beside)  # type: ignore[arg-type]
+        for name, value in given.items()
+        if value is not None or name in _NEVER_NONE
+    }
     clip(given.get("clip_low_threshold"), given.get("clip_high_threshold"))
-    if validate:
-        values_in_range(given)
+    return brought
 
 
 # None is the default of some columns; of these it is an error that names them.
@@ -286,6 +288,8 @@ def of_sequence(ratio_level: str, sequences: Sequences) -> bool:
     one_of("ratio_gradient", sequences.ratio_gradient, ("token", "sequence"))
     if ratio_level == "sequence":
         return True
+    if sequences.ratio_gradient != "token":
+        raise ValueError(f'ratio_gradient="{sequences.ratio_gradient}" needs ratio_level="sequence", got "token"')
     for name in ("cu_seqlens", "sequence_ratio_mask"):
         if getattr(sequences, name) is not None:
             raise ValueError(f'{name} needs ratio_level="sequence", got "token"')
@@ -296,6 +300,17 @@ def bound(name: str, value: Column | None) -> None:
     """Of an objective, as far as the host knows it."""
     if isinstance(value, float | int) and value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def flags(how: How) -> None:
+    for name in ("inplace", "recompute", "validate", "return_outputs"):
+        flag(name, getattr(how, name))
+
+
+def flag(name: str, value: bool) -> bool:
+    if type(value).__name__ not in ("bool", "bool_"):  # Python's, or NumPy's
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -382,11 +397,14 @@ def values(problem: Problem, validate: bool, *, look_at_targets: bool) -> None:
         targets_in_range(problem.targets.tokens, problem.vocab, problem.targets.ignore_index)
     if validate:
         inputs = zip(problem.objective.columns, problem.inputs, strict=True)
-        values_in_range({"temperature": problem.transform.temperature, **dict(inputs)})
+        values_in_range({"temperature": problem.transform.temperature, **dict(inputs)}, active_rows(problem))
 
 
-def values_in_range(columns: Mapping[str, Column | None]) -> None:
-    """The bounds that only the device knows, by name, for ``validate=True``. Synchronises."""
+def values_in_range(columns: Mapping[str, Column | None], active: Tensor | None = None) -> None:
+    """The bounds that only the device knows, by name, for ``validate=True``. Synchronises.
+
+    active: (N,), the tokens of which they matter.
+    """
     for key, value in columns.items():
         if key not in LEAST or not isinstance(value, Tensor):  # a number has been looked at
             continue
@@ -396,13 +414,23 @@ def values_in_range(columns: Mapping[str, Column | None]) -> None:
             good = good & (value != math.inf)
         if key in MOST:
             good = good & (value <= MOST[key])
-        if not good.all():
-            raise ValueError(f"{key} must be {_at_least(key)}{' at every token' if value.dim() else ''}")
+        at = _first(~good, active)
+        if at is not None:
+            everywhere, there = (" at every token", f" at token {at}") if value.dim() else ("", "")
+            got = value.reshape(-1)[at].item()
+            raise ValueError(f"{key} must be {_at_least(key)}{everywhere}, got {got:g}{there}")
     low, high = columns.get("clip_low_threshold"), columns.get("clip_high_threshold")
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         in_order = True if low is None or high is None else low <= high
-        if isinstance(in_order, Tensor) and not in_order.all():
-            raise ValueError("clip_low_threshold must not exceed clip_high_threshold at any token")
+        at = _first(~in_order, active) if isinstance(in_order, Tensor) else None
+        if at is not None:
+            raise ValueError(f"clip_low_threshold must not exceed clip_high_threshold, which it does at token {at}")
+
+
+def _first(bad: Tensor, active: Tensor | None) -> int | None:
+    """The first that is True."""
+    bad = bad if active is None else bad & active
+    return int(bad.int().argmax()) if bad.any() else None
 
 
 def _at_least(name: str) -> str:

@@ -39,9 +39,16 @@ class Tokens(NamedTuple):
     sequences: Sequences
 
     def column(self, name: str, logp: Tensor) -> Tensor:
+        """As a token's own loss has it. What an inactive one holds must not reach the others of its sequence: 0 * NaN
+        is left in a mean's gradient."""
+        return self.of_ratio(name, logp).masked_fill(~self.active, NEUTRAL.get(name, 0.0))
+
+    def of_ratio(self, name: str, logp: Tensor) -> Tensor:
+        """As the ratio has it, of which a token without a loss may be part."""
         value = self.columns.get(name)
         value = math.inf if value is None else value
-        return constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
+        column = constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
+        return column.masked_fill(~self.seen, NEUTRAL.get(name, 0.0))
 
     def of(self, objective: Objective, logp: Tensor) -> list[Tensor]:
         return [self.column(name, logp) for name in objective.columns]
@@ -50,6 +57,15 @@ class Tokens(NamedTuple):
         """The tokens that a sequence's ratio is made of."""
         mask = self.sequences.sequence_ratio_mask
         return self.active if mask is None else (mask != 0) & self.present
+
+    @property
+    def seen(self) -> Tensor:
+        return self.active | self.in_ratio()
+
+
+def tokens_of(present: Tensor, columns: Columns, sequences: Sequences, reduction: Reduction) -> Tokens:
+    active = present if reduction.weights is None else present & (reduction.weights != 0)
+    return Tokens(present, active, columns, sequences)
 
 
 PerToken = Callable[[Tensor, Tokens], Tensor]  # logp -> the loss of each token, or one 0-d loss
@@ -78,7 +94,7 @@ def sequence_log_ratio(logp: Tensor, tokens: Tokens) -> Tensor:
     Not clamped: ``log_ratio_clamp`` clamps what the objective gets, the sequence's log ratio.
     """
     cu_seqlens, through_mean = tokens.sequences.cu_seqlens, tokens.sequences.ratio_gradient == "sequence"
-    difference = (logp if through_mean else logp.detach()) - tokens.column("old_logprobs", logp)
+    difference = (logp if through_mean else logp.detach()) - tokens.of_ratio("old_logprobs", logp)
     mean = segment_expand(segment_mean(difference, tokens.in_ratio(), cu_seqlens), logp, cu_seqlens)
     if through_mean:
         return mean
@@ -86,26 +102,34 @@ def sequence_log_ratio(logp: Tensor, tokens: Tokens) -> Tensor:
     return mean + (here - here.detach())
 
 
+def _clamped(logp: Tensor, old_logprobs: Tensor, clamp: Tensor) -> Tensor:
+    """A token's log ratio. Of a clamp that makes no sense NaN: it is part of a sequence's."""
+    return log_ratio(logp, old_logprobs, clamp)[0].masked_fill(~(clamp >= 0), torch.nan)
+
+
 def gmpo(logp: Tensor, tokens: Tokens) -> Tensor:
     cu_seqlens = tokens.sequences.cu_seqlens
-    old_logprobs, advantages, low, high, clamp = tokens.of(OBJECTIVES["cispo"], logp)
-    clamped, _ = log_ratio(logp, old_logprobs, clamp)
-    too_high = (advantages > 0) & (clamped > high.log())
-    too_low = (advantages < 0) & (clamped < low.log())
+    of_cispo = OBJECTIVES["cispo"]  # it has the same columns
+    old_logprobs, sign, low, high, clamp = (tokens.of_ratio(name, logp) for name in of_cispo.columns)
+    clamped = _clamped(logp, old_logprobs, clamp)
+    too_high = (sign > 0) & (clamped > high.log())
+    too_low = (sign < 0) & (clamped < low.log())
     clamped = torch.where(too_high, high.log(), torch.where(too_low, low.log(), clamped))
     mean = segment_mean(clamped, tokens.in_ratio(), cu_seqlens)
+    _, advantages, low, high, clamp = tokens.of(of_cispo, logp)
     # advantage 0: whatever the ratio is
     ratio = torch.exp(segment_expand(mean, logp, cu_seqlens).masked_fill(advantages == 0, 0.0))
     return torch.where((low >= 0) & (low <= high) & (clamp >= 0), -advantages * ratio, torch.nan)
 
 
 def vespo(logp: Tensor, tokens: Tokens) -> Tensor:
-    names = ("old_logprobs", "advantages", "k_positive", "k_negative", "lambda_positive", "lambda_negative")
-    old_logprobs, advantages, *of_sign = (tokens.column(name, logp) for name in names)
-    clamp, cu_seqlens = tokens.column("log_ratio_clamp", logp), tokens.sequences.cu_seqlens
+    names = ("advantages", "k_positive", "k_negative", "lambda_positive", "lambda_negative", "log_ratio_clamp")
+    advantages, *of_sign, clamp = (tokens.column(name, logp) for name in names)
+    of_ratio = (tokens.of_ratio(name, logp) for name in ("old_logprobs", "log_ratio_clamp"))
+    cu_seqlens = tokens.sequences.cu_seqlens
     k = torch.where(advantages < 0, of_sign[1], of_sign[0])
     rate = torch.where(advantages < 0, of_sign[3], of_sign[2])
-    clamped, _ = log_ratio(logp.detach(), old_logprobs, clamp)
+    clamped = _clamped(logp.detach(), *of_ratio)
     log_w = segment_expand(segment_sum(clamped.where(tokens.in_ratio(), 0.0), cu_seqlens), logp, cu_seqlens)
     log_phi = times(k, log_w) - rate * torch.expm1(log_w)
     phi = torch.exp(log_phi.masked_fill(log_w == torch.inf, -torch.inf))  # inf - inf
@@ -228,22 +252,18 @@ def composed(
     wanted = asked(terms)
     if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
         raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
-    active = present if reduction.weights is None else present & (reduction.weights != 0)
-    tokens = Tokens(present, active, columns, sequences)
-    seen = active | tokens.in_ratio()
+    tokens = tokens_of(present, columns, sequences, reduction)
+    active, seen = tokens.active, tokens.seen
     logp, entropy = read(None if return_outputs else seen, wanted.entropy)
 
-    # What an inactive token holds must not reach the others of its sequence: 0 * NaN is left in a mean's gradient.
     def masked(name: str, value: Column) -> Tensor:
-        where = seen if name == "old_logprobs" else active
         column = constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
-        return column.masked_fill(~where, NEUTRAL.get(name, 0.0))
+        return column.masked_fill(~active, NEUTRAL.get(name, 0.0))
 
     # Not one function with overloads: Dynamo traces this, and torch 2.11's on Python 3.12 stops at typing.overload.
     def masked_if_given(name: str, value: Column | None) -> Tensor | None:
         return None if value is None else masked(name, value)
 
-    tokens = tokens._replace(columns={name: masked_if_given(name, value) for name, value in columns.items()})
     terms = terms._replace(
         log_ratio_clamp=masked_if_given("log_ratio_clamp", terms.log_ratio_clamp),
         importance_weights=masked_if_given("importance_weights", terms.importance_weights),
@@ -257,13 +277,14 @@ def composed(
         raise ValueError('reduction="none" needs an objective per token, got one that returns a 0-d loss')
     if whole_batch and terms.importance_weights is not None:
         raise ValueError("importance_weights need an objective per token, got one that returns a 0-d loss")
+    x = torch.where(active, logp, 0.0)
     per_token = torch.zeros_like(logp)
     if not whole_batch:
         per_token = times(1.0 if terms.importance_weights is None else terms.importance_weights, value)
+        per_token = per_token + torch.where(torch.isnan(x), x, 0.0)  # a bad row's loss, whatever took it out
     if wanted.entropy and entropy is not None:
         per_token = per_token - times(terms.entropy_coef, torch.where(active, entropy, 0.0))
     if wanted.kl:
-        x = torch.where(active, logp, 0.0)
         log_r = None
         if terms.kl_weighted_by_ratio:
             if sequence_ratio:
@@ -322,14 +343,24 @@ def _penalty(x: Tensor, log_r: Tensor | None, through_mean: bool, terms: PolicyT
     return penalty
 
 
+def in_order(x: Tensor) -> Tensor:
+    """The sum, in float64 and in an order that no number of threads changes: torch shares one sum among them, but not
+    one of many."""
+    together, dtype = 1024, x.dtype
+    x = x.flatten()
+    if x.shape[0] > together:
+        x = torch.nn.functional.pad(x, (0, -x.shape[0] % together)).view(-1, together).sum(1, dtype=torch.float64)
+    return x.sum(dtype=torch.float64).to(dtype)
+
+
 def reduced(losses: Tensor, weights: Tensor, reduction: Reduction) -> Tensor:
     """``weights`` are 0 for inactive tokens; the losses are multiplied by them."""
     if reduction.reduction == "none":
         return losses
-    total = losses.sum()
+    total = in_order(losses)
     denominator = reduction.denominator
     if denominator is None:
-        denominator = weights.sum() if reduction.reduction == "mean" else 1.0
+        denominator = in_order(weights) if reduction.reduction == "mean" else 1.0
     divisor = constant(denominator, total).detach().to(total.dtype)
     nothing = (total == 0) & (divisor == 0)  # no active token: 0 and connected to the graph, not 0 / 0
     return total / divisor.masked_fill(nothing, 1.0)

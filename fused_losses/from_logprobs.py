@@ -114,16 +114,21 @@ def _composed(
     elif asked(terms).entropy:
         raise ValueError("entropy_coef needs entropy, that of each token's distribution; got None")
     rows = logp.unsqueeze(-1)
-    checks.columns(composition.of_tokens(columns, terms, reduction), rows, how.validate, "logprobs")
+    checks.flags(how)
+    brought = checks.columns(composition.of_tokens(columns, terms, reduction), rows, "logprobs")
     checks.denominator(reduction.denominator, reduction.reduction, rows)
     if sequences.sequence_ratio_mask is not None:
         mask = active_tokens(sequences.sequence_ratio_mask, logp, "sequence_ratio_mask")
         sequences = sequences._replace(sequence_ratio_mask=mask)
+    present = torch.ones_like(logp, dtype=torch.bool)
+    columns = {"log_ratio_clamp": terms.log_ratio_clamp, **columns}
+    if how.validate:
+        checks.values_in_range(brought, composition.tokens_of(present, columns, sequences, reduction).seen.reshape(-1))
     return composition.composed(
         lambda tokens, with_entropy: (logp, entropy),
         objective,
-        torch.ones_like(logp, dtype=torch.bool),
-        {"log_ratio_clamp": terms.log_ratio_clamp, **columns},
+        present,
+        columns,
         sequences,
         terms,
         reduction,

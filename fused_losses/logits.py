@@ -88,4 +88,7 @@ class Logits(NamedTuple):
 
 def _walkable(logits: Tensor) -> Tensor:
     """The logits, copied if a kernel could not walk their rows (strided vocabulary, three or more strides)."""
-    return logits if rows(logits) is not None else logits.contiguous()
+    if rows(logits) is not None:
+        return logits
+    # an empty tensor is contiguous with any strides: only a clone has none of them
+    return logits.contiguous() if logits.numel() else logits.clone(memory_format=torch.contiguous_format)

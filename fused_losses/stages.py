@@ -216,11 +216,10 @@ class Observed(torch.autograd.Function):
         kept = _kept(ctx)
         own = kept.coefficients.by_logprob()
         zero = torch.zeros_like(own)
-        # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that
-        by_logprob, by_entropy = (
-            zero if u is None else torch.where(own == 0, 0.0, _upstream(u, kept.inputs[0]) * own) for u in upstream
-        )
-        coefficients = Coefficients.of(by_logprob, by_entropy, zero * own, zero * own)
+        # the coefficient by logprob is 1, NaN for a NaN row, and 0 for an ignored token, which keeps that; what nothing
+        # comes from upstream for is 0, whatever its row holds
+        by_logprob, by_entropy = (zero if u is None else times(_upstream(u, kept.inputs[0]), own) for u in upstream)
+        coefficients = Coefficients.of(by_logprob, by_entropy, zero, zero)
         return None, None, *kept.gradient(coefficients, torch.ones_like(zero))
 
 

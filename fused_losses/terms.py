@@ -93,6 +93,7 @@ def row_loss(formula: Callable[..., Loss], seen: Seen, inputs: Sequence[Tensor],
     if terms.z_loss != 0:
         value = value + terms.z_loss * seen.whole * seen.lse**2
         zeta = zeta + 2 * terms.z_loss * seen.whole * seen.lse
+    value = value + torch.where(torch.isnan(logp), logp, 0.0)  # whatever took it out
     return RowLoss(value, g.detach(), h, zeta.detach(), s)
 
 

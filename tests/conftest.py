@@ -136,6 +136,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", params, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws depends on no test before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, instruction_set = request.param.partition("-")

@@ -952,3 +952,206 @@ def test_own_objective_beside_a_subclass(backend, device):
     expected = fused_losses.policy_loss(call.logits, tokens, objective, advantages, backend=backend)
     got = fused_losses.policy_loss(call.logits, tokens, objective, advantages.as_subclass(Mine), backend=backend)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
+
+
+# ---- What the second one found, of losses that are composed of torch operations and of edges of the others ----
+
+COMPOSED = {
+    "gspo": fused_losses.gspo,
+    "gmpo": fused_losses.gmpo,
+    "vespo": fused_losses.vespo,
+    "sapo": lambda *call, **more: fused_losses.sapo(*call, ratio_level="sequence", **more),
+    "policy_loss": lambda x, t, q, a, **more: fused_losses.policy_loss(
+        x, t, lambda logp, q, a: -(logp - q).exp() * a, q, a, **more
+    ),
+}
+of_composed = pytest.mark.parametrize("loss", COMPOSED.values(), ids=COMPOSED)
+
+
+@pytest.mark.parametrize("clamp", [None, 20.0, 2.0, 0.5])
+@pytest.mark.parametrize("log_ratio", [-3.0, 3.0])
+def test_a_ratio_token_without_a_loss_is_as_one_with_one(log_ratio, clamp):
+    """Its clamp and its clip are the call's. x is log 1/4 of both tokens, x - q is 0 and log_ratio."""
+    logits, targets, x = torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long), -math.log(4)
+    given = logits, targets, torch.tensor([[x, x - log_ratio]]), torch.ones(1, 2)
+    more = {
+        "weights": torch.tensor([[1.0, 0.0]]),
+        "sequence_ratio_mask": torch.ones(1, 2, dtype=torch.bool),
+        "log_ratio_clamp": clamp,
+        "reduction": "sum",
+    }
+    d = log_ratio if clamp is None else max(min(log_ratio, clamp), -clamp)
+    phi = math.exp(2 * d + 3 * (1 - math.exp(d)))
+    clipped = math.exp(min(d, math.log(1.5)) / 2)
+    sources = [
+        *((lambda name, b=b, **k: getattr(fused_losses, name)(*given, **k, backend=b)) for b in ("cpu", "eager")),
+        lambda name, **k: getattr(fused_losses.reference, name)(*given, **k),
+        lambda name, **k: getattr(fused_losses.on_logprobs, name)(torch.full((1, 2), x), *given[2:], **k),
+    ]
+    for compute in sources:
+        torch.testing.assert_close(compute("vespo", **more), torch.tensor(-phi * x))
+        loss = compute("gmpo", **more, clip_low_threshold=0.0, clip_high_threshold=1.5)
+        torch.testing.assert_close(loss, torch.tensor(-clipped))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -1.0])
+def test_a_clamp_that_makes_no_sense_in_a_ratio(bad):
+    """NaN in the sequence that it is part of, whose token it may be without a loss, and in no other."""
+    x = torch.zeros(2, 2, 4, requires_grad=True)
+    q, a = torch.zeros(2, 2), torch.ones(2, 2)
+    clamp = torch.tensor([[9.0, bad], [9.0, 9.0]])
+    for loss in (fused_losses.vespo, fused_losses.gmpo):
+        losses = loss(
+            x, torch.zeros(2, 2, dtype=torch.long), q, a, log_ratio_clamp=clamp, weights=torch.tensor([1.0, 0.0]),
+            sequence_ratio_mask=torch.ones(2, 2), reduction="none",
+        )  # fmt: skip
+        assert losses[0, 0].isnan() and losses[0, 1] == 0 and losses[1].isfinite().all()
+
+
+@of_composed
+@pytest.mark.parametrize("bad", [[math.nan] * 4, [math.inf, 0, 0, 0], [-math.inf] * 4], ids=["NaN", "inf", "-inf"])
+def test_bad_rows_without_a_loss(backend, device, loss, bad):
+    """They are read for their logprob, and their gradient is 0 all the same."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 4, generator=generator)
+    logits[0, 2] = torch.tensor(bad)
+    logits = logits.to(device).requires_grad_()
+    targets = torch.tensor([[2, 0, 3]], device=device)
+    q, a = torch.tensor([[-1.0, -2.0, 0.0]], device=device), torch.ones(1, 3, device=device)
+    weights = torch.tensor([[1.0, 1.0, 0.0]], device=device)
+    value, _ = loss(
+        logits, targets, q, a, weights=weights, entropy_coef=0.1, return_outputs=True, backend=backend
+    )  # fmt: skip
+    value.backward()
+    assert value.isfinite() and (logits.grad[0, 2] == 0).all() and (logits.grad[0, :2] != 0).all()
+
+
+@of_composed
+def test_a_bad_hidden_state_without_a_loss(loss):
+    hidden, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    hidden[2] = math.nan
+    hidden.requires_grad_()
+    value, _ = loss(
+        fused_losses.LinearHead(hidden, weight), torch.tensor([2, 0, 3]), torch.zeros(3), torch.ones(3),
+        weights=torch.tensor([1.0, 1.0, 0.0]), entropy_coef=0.1, return_outputs=True,
+    )  # fmt: skip
+    value.backward()
+    assert weight.grad.isfinite().all() and (hidden.grad[2] == 0).all()
+
+
+@of_composed
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sum_of_many_tokens_is_the_same_for_any_number_of_threads(loss, reduction):
+    n, generator = 70_000, torch.Generator().manual_seed(0)
+    logits = torch.randn(n // 7, 7, 2, generator=generator)
+    targets = torch.randint(2, (n // 7, 7), generator=generator)
+    q, a = torch.randn(2, n // 7, 7, generator=generator).unbind()
+    weights = torch.rand(n // 7, 7, generator=generator)
+    threads, seen = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            seen.add(loss(logits, targets, q - 0.7, a, weights=weights, reduction=reduction).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sapo_of_a_token_that_is_alone(backend, device, level):
+    """torch.sigmoid rounds the last tokens of a batch in another way."""
+    n, vocab, generator = 33, 8, torch.Generator().manual_seed(0)
+    logits = torch.randn(n, 1, vocab, generator=generator).to(device)
+    targets = torch.randint(vocab, (n, 1), generator=generator).to(device)
+    q, a = torch.randn(2, n, 1, generator=generator).to(device).unbind()
+
+    def of(rows):
+        x = logits[rows].clone().requires_grad_()
+        losses = fused_losses.sapo(
+            x, targets[rows], q[rows] - 2, a[rows], ratio_level=level, reduction="none", backend=backend
+        )
+        losses.sum().backward()
+        return losses.detach(), x.grad
+
+    together = of(slice(None))
+    for i in range(n):
+        for alone, all_of_them in zip(of(slice(i, i + 1)), together, strict=True):
+            assert torch.equal(alone[0], all_of_them[i])
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 2, 0), (2, 0, 4)], ids=str)
+def test_no_tokens_of_a_strided_vocabulary(backend, device, shape):
+    logits = torch.empty(*shape, 5, 2, device=device)[..., 0].requires_grad_()
+    targets = torch.zeros(shape, dtype=torch.long, device=device)
+    losses = [
+        fused_losses.cross_entropy(logits, targets, backend=backend),
+        fused_losses.cross_entropy(logits, targets, backend=backend, recompute=True),
+        fused_losses.cross_entropy(logits, targets, backend=backend, reduction="none").sum(),
+        fused_losses.reinforce(logits, targets, 1.0, entropy_coef=0.1, backend=backend),
+        fused_losses.logprobs(logits, targets, backend=backend).sum(),
+        fused_losses.statistics(logits, targets, backend=backend).entropy.sum(),
+    ]
+    (gradient,) = torch.autograd.grad(sum(losses), logits)
+    assert gradient.shape == logits.shape and all(loss == 0 for loss in losses)
+
+
+def test_far_beyond_a_softcap(backend, device):
+    """The slope of tanh is 1 / cosh^2, of which 1 - tanh^2 has nothing left there."""
+    cap, x = 3.0, torch.tensor([[12.0, 24.0, -30.0, 1.0, 0.0]])
+    logits = x.to(device).requires_grad_()
+    fused_losses.cross_entropy(logits, torch.tensor([4], device=device), softcap=cap, backend=backend).backward()
+    z = x.double() / cap
+    p = torch.softmax(cap * torch.tanh(z), -1)
+    want = (p - torch.tensor([0.0, 0, 0, 0, 1])) / torch.cosh(z) ** 2
+    torch.testing.assert_close(logits.grad.double().cpu(), want, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ppo", "importance_sampling", *COMPOSED])
+def test_a_bad_row_of_importance_weight_0(backend, device, name):
+    """It is no masked one: NaN in loss and gradient."""
+    loss = COMPOSED.get(name) or getattr(fused_losses, name)
+    logits = torch.full((1, 1, 3), math.nan, device=device, requires_grad=True)
+    q, a = torch.zeros(1, 1, device=device), torch.ones(1, 1, device=device)
+    targets = torch.zeros(1, 1, dtype=torch.long, device=device)
+    for weight in (0.0, torch.zeros(1, 1, device=device)):
+        value = loss(logits, targets, q, a, importance_weights=weight, backend=backend)
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.isnan() and gradient.isnan().all()
+    if name != "policy_loss":
+        given = logits.cpu(), targets.cpu(), q.cpu(), a.cpu()
+        assert getattr(fused_losses.reference, name)(*given, importance_weights=0.0).isnan()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("key", "at", "wrong", "right"),
+    [("temperature", 1, -1.0, 1.0), ("clip_high_threshold", 2, -0.5, 1.2), ("clip_low_threshold", 1, 5.0, 0.8)],
+)
+@pytest.mark.parametrize("name", ["ppo", "gspo"])
+def test_validate_looks_at_what_counts(name, key, at, wrong, right, masked):
+    """A bound of a token without a loss is never used."""
+    call, column, weights = Call(), torch.full((N,), right), torch.ones(N)
+    targets, q, a = call.ppo
+    column[at] = wrong
+    if masked:
+        targets[1], weights[2] = -100, 0.0
+    given = {"weights": weights, "validate": True, key: column}
+    with nullcontext() if masked else pytest.raises(ValueError, match=rf"^{key} must .*at token {at}$"):
+        assert getattr(fused_losses, name)(call.logits, targets, q, a, **given).isfinite()
+
+
+def test_flags_are_flags():
+    call = Call()
+    for name in ("inplace", "recompute", "validate", "return_outputs", "kl_weighted_by_ratio"):
+        for wrong in ("yes", None, 1):
+            with pytest.raises(TypeError, match=f"^{name} must be True or False, got {wrong!r}"):
+                fused_losses.ppo(call.logits, *call.ppo, ref_logprobs=-1.0, kl_coef=0.1, **{name: wrong})
+        fused_losses.ppo(call.logits, *call.ppo, ref_logprobs=-1.0, kl_coef=0.1, **{name: np.bool_(False)})
+    with pytest.raises(TypeError, match=r"^return_entropy must be"):
+        fused_losses.logprobs(call.logits, call.target_tokens, return_entropy="yes")
+
+
+def test_a_ratio_of_tokens_has_no_gradient_through_a_sequence():
+    call = Call()
+    with pytest.raises(ValueError, match=r'^ratio_gradient="sequence" needs ratio_level="sequence", got "token"'):
+        fused_losses.sapo(call.logits, *call.ppo, ratio_gradient="sequence")

@@ -187,7 +187,8 @@ class Eager:
             rows = g * drawn + p * (zeta - h * (distance.clamp(min=_LOWEST) - softmax.mean[:, None])) + s
         slope = unit
         if transform.softcap is not None:
-            slope = slope * (1 - torch.tanh(x / transform.softcap) ** 2)
+            e = torch.exp(-2 * (x / transform.softcap).abs())
+            slope = slope * (4 * e / (1 + e) ** 2)  # not 1 - tanh^2, of which nothing is left far out
         # a target that is nowhere, whose logit is NaN; one that another part of the vocabulary has is none
         nowhere = (stats.targets.T.isnan() & counts).any(1, keepdim=True)
         rows = (rows * slope).masked_fill(nowhere, torch.nan)
