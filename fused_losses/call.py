@@ -383,6 +383,7 @@ def _inputs(objective: Objective, columns: Columns, logits: Tensor | Origin) -> 
 def _terms(terms: PolicyTerms, logits: Tensor | Origin) -> Terms:
     kl_coef = checks.column("kl_coef", terms.kl_coef, logits)
     entropy_coef = checks.column("entropy_coef", terms.entropy_coef, logits)
+    weighted = checks.flag("kl_weighted_by_ratio", terms.kl_weighted_by_ratio)
     wanted = asked(terms)
     ref_logprobs: Column = 0.0
     if terms.ref_logprobs is not None:  # not to be wrong where it is not used, either
@@ -399,7 +400,7 @@ def _terms(terms: PolicyTerms, logits: Tensor | Origin) -> Terms:
         entropy_coef=entropy_coef,
         log_ratio_clamp=math.inf if clamp is None else checks.column("log_ratio_clamp", clamp, logits),
         kl_type=terms.kl_type if wanted.kl else None,
-        kl_weighted_by_ratio=checks.flag("kl_weighted_by_ratio", terms.kl_weighted_by_ratio),
+        kl_weighted_by_ratio=weighted,
         entropy=wanted.entropy,
     )
 
@@ -457,6 +458,7 @@ def _composed(
     logits, tokens = checks.logits_and_targets(logits, target_tokens)
     checks.backend(how.backend)
     checks.flags(how)
+    checks.flag("kl_weighted_by_ratio", terms.kl_weighted_by_ratio)
     ignore_index = checks.index("ignore_index", reduction.ignore_index, target_tokens.dtype)
     if how.inplace and isinstance(logits, Origin):
         logits.overwritten()

@@ -303,12 +303,16 @@ def bound(name: str, value: Column | None) -> None:
 
 
 def flags(how: How) -> None:
-    for name in ("inplace", "recompute", "validate", "return_outputs"):
-        flag(name, getattr(how, name))
+    flag("inplace", how.inplace)
+    flag("recompute", how.recompute)
+    flag("validate", how.validate)
+    flag("return_outputs", how.return_outputs)
 
 
 def flag(name: str, value: bool) -> bool:
-    if type(value).__name__ not in ("bool", "bool_"):  # Python's, or NumPy's
+    if value is True or value is False:
+        return value
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's, of either version
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 

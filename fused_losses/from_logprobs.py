@@ -115,6 +115,7 @@ def _composed(
         raise ValueError("entropy_coef needs entropy, that of each token's distribution; got None")
     rows = logp.unsqueeze(-1)
     checks.flags(how)
+    checks.flag("kl_weighted_by_ratio", terms.kl_weighted_by_ratio)
     brought = checks.columns(composition.of_tokens(columns, terms, reduction), rows, "logprobs")
     checks.denominator(reduction.denominator, reduction.reduction, rows)
     if sequences.sequence_ratio_mask is not None:

@@ -114,8 +114,8 @@ def sapo(
     saturated = idle | (tau * (torch.exp(clamped.detach()) - 1) > _SAPO_SATURATED)
     ratio = torch.exp(clamped.masked_fill(saturated, 0.0))
     u = tau * (ratio - 1)
-    # Of s and 1 - s, whose derivative autograd can tell where the other rounds to 1. Not torch.sigmoid, which rounds the
-    # last few tokens of a batch in another way; and in float64, which its square does not leave.
+    # Of s and 1 - s, whose derivative autograd can tell where the other rounds to 1. Not torch.sigmoid, which rounds
+    # the last few tokens of a batch in another way; in float64, where the square in its derivative does not underflow.
     size = torch.where(u > 0, u, -u).double().clamp(max=700.0)
     smaller = (1 / (1 + torch.exp(size))).to(u.dtype)
     gate = torch.where(u > 0, 1 - smaller, smaller).masked_fill(saturated, 1.0)
