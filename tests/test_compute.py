@@ -337,6 +337,14 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("target out of range", {"target_tokens": [V] * N}, ValueError, f"target_tokens.*{V}"),
     ("unknown backend", {"backend": "tpu"}, ValueError, "backend.*tpu"),
     ("logits of a list", {"logits": [[1.0]]}, TypeError, "logits.*list"),
+    ("logits of NumPy", {"logits": np.zeros((N, V), np.float32)}, TypeError, "logits must be a tensor, got ndarray"),
+    ("name of a list", {"loss_fn": ["ppo"]}, ValueError, "loss_fn must be one of.*got \\['ppo'\\]"),
+    (
+        "unsigned targets beyond int64",
+        {"target_tokens": np.full(N, 2**64 - 100, np.uint64)},
+        ValueError,
+        "target_tokens in loss_fn_inputs must be within the range of int64, got 18446744073709551516",
+    ),
 ]
 
 

@@ -135,6 +135,7 @@ def compute(
             raise ValueError(f"{key} is in loss_fn_inputs, per token, and in loss_fn_config, for all: give it once")
 
     device = getattr(logits, "device", None)
+    device = device if isinstance(device, torch.device) else None  # NumPy's is a string: the loss says what it takes
     inputs = {key: _tensor(key, value, device) for key, value in loss_fn_inputs.items()}
     if "logprobs" in inputs:
         inputs["old_logprobs"] = inputs.pop("logprobs")
@@ -152,7 +153,7 @@ def _named(name: str) -> _Loss:
             "loss_fn 'stable_reinforce' can't be computed here: Tinker has not published its formula. "
             f"Others are {_listed(_LOSSES)}"
         )
-    if name not in _LOSSES:
+    if not isinstance(name, str) or name not in _LOSSES:
         raise ValueError(f"loss_fn must be one of {_listed([*_LOSSES, _CUSTOM])}, got {name!r}")
     return _LOSSES[name]
 
@@ -251,6 +252,8 @@ def _tensor(key: str, value: Any, device: torch.device | None, as_it_is: bool = 
             f"{key} in loss_fn_inputs must be a tensor, array, rectangular list or TensorData of "
             f"{'integers' if integers else 'numbers'}, got {got}"
         )
+    if integers and array.size > 0 and array.max() > np.iinfo(np.int64).max:  # as uint64, which would wrap
+        raise ValueError(f"{key} in loss_fn_inputs must be within the range of int64, got {array.max()}")
     tensor = torch.from_numpy(array.astype(np.int64 if integers else np.float32, order="C", copy=False))
     if device is not None and device.type == "cuda":  # from pinned memory, as else the copy would wait for the device
         return tensor.pin_memory().to(device, non_blocking=True)
