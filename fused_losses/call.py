@@ -477,7 +477,7 @@ def _composed(
     columns = {"log_ratio_clamp": terms.log_ratio_clamp, **columns}
     if how.validate:
         checks.targets_in_range(tokens, logits.shape[-1], ignore_index)
-        seen = composition.tokens_of(present, columns, sequences, reduction).seen
+        seen = composition.tokens_of(present, columns, sequences, reduction).seen()
         checks.values_in_range(brought, seen.reshape(-1))
 
     def read(tokens: Tensor | None, with_entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,7 @@ class Tokens(NamedTuple):
         value = self.columns.get(name)
         value = math.inf if value is None else value
         column = constant(value, logp).detach().to(logp.dtype).expand(logp.shape)
-        return column.masked_fill(~self.seen, NEUTRAL.get(name, 0.0))
+        return column.masked_fill(~self.seen(), NEUTRAL.get(name, 0.0))
 
     def of(self, objective: Objective, logp: Tensor) -> list[Tensor]:
         return [self.column(name, logp) for name in objective.columns]
@@ -58,8 +58,7 @@ class Tokens(NamedTuple):
         mask = self.sequences.sequence_ratio_mask
         return self.active if mask is None else (mask != 0) & self.present
 
-    @property
-    def seen(self) -> Tensor:
+    def seen(self) -> Tensor:  # no property: Dynamo of torch 2.10 takes none of a tuple
         return self.active | self.in_ratio()
 
 
@@ -253,7 +252,7 @@ def composed(
     if wanted.kl and terms.kl_weighted_by_ratio and columns.get("old_logprobs") is None:
         raise ValueError("kl_weighted_by_ratio needs old_logprobs, the first input of the objective; got no input")
     tokens = tokens_of(present, columns, sequences, reduction)
-    active, seen = tokens.active, tokens.seen
+    active, seen = tokens.active, tokens.seen()
     logp, entropy = read(None if return_outputs else seen, wanted.entropy)
 
     def masked(name: str, value: Column) -> Tensor:
