@@ -124,7 +124,9 @@ def _composed(
     present = torch.ones_like(logp, dtype=torch.bool)
     columns = {"log_ratio_clamp": terms.log_ratio_clamp, **columns}
     if how.validate:
-        checks.values_in_range(brought, composition.tokens_of(present, columns, sequences, reduction).seen().reshape(-1))
+        checks.values_in_range(
+            brought, composition.tokens_of(present, columns, sequences, reduction).seen().reshape(-1)
+        )
     return composition.composed(
         lambda tokens, with_entropy: (logp, entropy),
         objective,
