@@ -48,7 +48,11 @@ NEEDS_GPU = "needs a GPU"
 
 # More threads than cores, as two workers of two threads on two cores, spend their time waiting for each other. What
 # depends on the number of threads sets it.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+else:
+    torch.set_num_threads(2)
 
 
 def device_of(backend: str) -> torch.device:
@@ -87,7 +91,7 @@ def using(instruction_set: str) -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--instruction-set", help="what the CPU backend runs on throughout: avx512, avx2 or baseline")
-    parser.addoption("--all-bugs", action="store_true", help="every seeded bug of the kernels, not a sixth of them")
+    parser.addoption("--all-bugs", action="store_true", help="every seeded bug of the kernels, not a tenth of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,7 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "each_instruction_set: the CPU backend runs with every one of the machine, as each sums in an order of its own",
     )
     config.addinivalue_line(
-        "markers", "seeded_bugs: each of its cases compiles or interprets kernels of its own; a sixth runs unless asked"
+        "markers", "seeded_bugs: each of its cases compiles or interprets kernels of its own; a tenth runs unless asked"
     )
     forced = config.getoption("--instruction-set")
     if forced is None:
@@ -115,7 +119,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("seeded_bugs"):
             name = item.nodeid.partition("[")[0]
             of_test[name] += 1
-            if of_test[name] % 6 != 1:
+            if of_test[name] % 10 != 1:
                 left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
