@@ -267,15 +267,29 @@ BUGS = {
         "logprobs.store(row_, reads ? seen : Statistics{});",
         "logprobs.store(row_, seen);",
     ),
-    "tanh by ex2 alone": ("cuda/transform.cuh", "size <= kCheap ?", "false ?"),
-    "tanh's series too far": ("cuda/transform.cuh", "size <= kCheap ?", "size < 1.f ?"),
+    "tanh by ex2 alone": ("cuda/transform.cuh", "return rest >= kCheapRest ?", "return false ?"),
+    "tanh's series too far": ("cuda/transform.cuh", "rest >= kCheapRest ?", "rest > 0.2f ?"),
     "softcap left out of the scale": ("cuda/transform.cuh", "{softcap * inverse_temperature,", "{inverse_temperature,"),
-    "softcap left out of the slope": ("cuda/transform.cuh", "return multiply(y, slope(level));", "return y;"),
-    "softcap left out of the target's slope": ("cuda/terms_row.cuh", "* z.slope(z.level(logit(k))) *", "*"),
+    "softcap left out of the slope": ("cuda/terms_row.cuh", "Z::sloped(by_level(at.level), at)", "by_level(at.level)"),
+    "softcap left out of the slope of what is cheap": (
+        "cuda/terms_row.cuh",
+        "Z::cheap_sloped(by_level(level), level)",
+        "by_level(level)",
+    ),
+    "softcap left out of the target's slope": (
+        "cuda/terms_row.cuh",
+        "return z.sloped(z.inverse_temperature() * dz, logit(k));",
+        "return z.inverse_temperature() * dz;",
+    ),
+    "a slope that is lost far out": (
+        "cuda/transform.cuh",
+        "return multiply(multiply(y, at.rest), 2.f - at.rest);",
+        "return cheap_sloped(y, at.level);",
+    ),
     "0 * -inf in the gradient": (
         "cuda/terms_row.cuh",
-        "of_e = Z::finite(exponent(level));",
-        "of_e = exponent(level);",
+        "const X of_e = Z::finite(exponent(level));",
+        "const X of_e = exponent(level);",
     ),
     "mean of z left out of the gradient": (
         "cuda/terms_row.cuh",
@@ -416,8 +430,8 @@ BUGS = {
     "groups not filled up": ("cuda/on_chip.cuh", "        commit_nothing(kGroups - chunks_);\n", ""),
     "no group closed in sweep 1": (
         "cuda/on_chip.cuh",
-        "raw[u]);\n                }\n                commit_copies();",
-        "raw[u]);\n                }",
+        "            commit_copies,\n",
+        "            [] {},\n",
     ),
     "a chunk's group left open": (
         "cuda/on_chip.cuh",
@@ -426,9 +440,9 @@ BUGS = {
     ),
     "copied to before it is read": (
         "cuda/on_chip.cuh",
-        "            if (c == chunks_) break;\n            map_end",
+        "            if (c == chunks_) break;\n            const auto inside",
         "            if (c == chunks_) break;\n"
-        "            copy_chunk(coming, from, next_slots, c);\n            map_end",
+        "            copy_chunk(coming, from, next_slots, c);\n            const auto inside",
     ),
     "no copies after a row that is not mapped": (
         "cuda/kernels.cuh",
@@ -662,19 +676,10 @@ BUGS = {
         "pair.x;\n            }\n        } else {",
     ),
     # on chip: levels that are kept
-    "no level kept": ("cuda/on_chip.cuh", "if (inside(u)) write_slot(slots + place(c, u), raw[u]);", ";"),
-    "levels kept beyond the row": (
-        "cuda/on_chip.cuh",
-        "if (inside(u)) write_slot(slots + place(c, u), raw[u]);",
-        "write_slot(slots + place(c, u), raw[u]);",
-    ),
-    "the target's vector left as logits": (
-        "cuda/on_chip.cuh",
-        "if (kKeepsLevels<Z, T> && in_slot) write_slot(slot_of_it(), vector);",
-        "",
-    ),
-    "kept levels mapped as logits": ("cuda/kernels.cuh", "dense<Folded, Seen::level>()", "dense<Folded>()"),
-    "the row's end mapped as logits": ("cuda/on_chip.cuh", "of_slot<kKept>(kept, f)", "f"),
+    "no level kept": ("cuda/on_chip.cuh", "write_slot(slots + place(c, u), levels[u]);", ";"),
+    "kept levels mapped as logits": ("cuda/on_chip.cuh", "either<kKeepsLevels<Z, T>>(kept, cheap)", "cheap"),
+    "the row's end mapped as logits": ("cuda/on_chip.cuh", "kKeepsLevels<Z, T> && is_cheap(c)", "false"),
+    "the row's end mapped as levels": ("cuda/on_chip.cuh", "kKeepsLevels<Z, T> && is_cheap(c)", "kKeepsLevels<Z, T>"),
     "sums from an old maximum": ("cuda/on_chip.cuh", "if constexpr (Z::kCostly) rise(max_);", ""),
     "sums from 0 on, whatever the softcap": (
         "cuda/transform.cuh",

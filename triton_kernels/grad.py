@@ -26,7 +26,7 @@ from .rows import (
     ragged_columns,
     row_offset,
 )
-from .softcap import squash, units
+from .softcap import squash, squash_with_slope, units
 from .softmax import (
     Coefficients,
     any_of,
@@ -92,7 +92,8 @@ def grad(
             scale = LOG2E * unit
             maximum = squash(tl.load(stats + row), inverse_cap, ROW)
             target = row_targets(token, row, num_targets, ROW)
-            target_y = squash(target_logits(stats, row, n, num_targets, ROW), inverse_cap, ROW)
+            target_x = target_logits(stats, row, n, num_targets, ROW)
+            target_y, target_slope = squash_with_slope(target_x, inverse_cap, ROW)
             moment = 0.0
             if not ROW.plain:
                 moment = tl.load(stats + (2 + num_targets) * n + row)
@@ -105,21 +106,21 @@ def grad(
                 nowhere = (share != 0) & (target_y != target_y)
                 whole = tl.where(is_any(nowhere, ROW), float("nan"), whole)  # and so is the row
             dense = dense_factors(by, whole, softmax, inverse_t, ROW)
-            y = squash(load_tile(source + columns, inside, "evict_first"), inverse_cap, ROW)
-            tl.store(destination + columns, dense_gradient(y, top, scale, dense, ROW), mask=inside)
+            x = load_tile(source + columns, inside, "evict_first")
+            tl.store(destination + columns, dense_gradient(x, inverse_cap, top, scale, dense, ROW), mask=inside)
             owner = (target >= head + start) & (target < head + start + TILE)
             if PLAN.ragged:
                 if start == 0:
                     side, exists = ragged_columns(head, body, vocab, PLAN)
-                    side_y = squash(load_tile(logits + offset + side, exists, "evict_first"), inverse_cap, ROW)
-                    tl.store(grad + grad_offset + side, dense_gradient(side_y, top, scale, dense, ROW), mask=exists)
+                    side_x = load_tile(logits + offset + side, exists, "evict_first")
+                    side_value = dense_gradient(side_x, inverse_cap, top, scale, dense, ROW)
+                    tl.store(grad + grad_offset + side, side_value, mask=exists)
                 in_body = (target >= head) & (target < head + body)
                 owner = tl.where(in_body, owner, start == 0) != 0  # where of flags is no flag in the interpreter
             stored = owner & valid
             if is_any(stored, ROW):
-                slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
                 merged = merged_shares(token, row, target, share, num_targets, ROW)
-                value = target_gradient(by, merged, whole, seen, softmax.mean, ROW) * slope
+                value = target_gradient(by, merged, whole, seen, softmax.mean, ROW) * (inverse_t * target_slope)
                 tl.debug_barrier()  # other threads of this program stored what it is without a target there
                 tl.store(grad + grad_offset + target, value, mask=stored)
 

@@ -29,7 +29,7 @@ from .rows import (
     term_values,
     tile_mask,
 )
-from .softcap import squash, squash_tile, units
+from .softcap import squash_tile, squash_with_slope, units
 from .softmax import any_of, dense_factors, dense_gradient, distance_of, target_gradient
 from .sums import at_once, load_tile, sweep, with_side, with_target
 from .targets import (
@@ -51,13 +51,13 @@ def write_body(logits, grad, length, top, scale, inverse_cap, dense, ROW: tl.con
     columns = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     full = length // (DEPTH * LANES) * (DEPTH * LANES)
     for start in range(0, full, DEPTH * LANES):
-        y = squash(load_tile(logits + start + columns, None, "evict_first"), inverse_cap, ROW)
-        value = dense_gradient(y, top, scale, dense, ROW)
+        x = load_tile(logits + start + columns, None, "evict_first")
+        value = dense_gradient(x, inverse_cap, top, scale, dense, ROW)
         tl.store(grad + start + columns, value, eviction_policy="evict_first")
     if full < length:
         inside = columns < length - full
-        y = squash(load_tile(logits + full + columns, inside, "evict_first"), inverse_cap, ROW)
-        value = dense_gradient(y, top, scale, dense, ROW)
+        x = load_tile(logits + full + columns, inside, "evict_first")
+        value = dense_gradient(x, inverse_cap, top, scale, dense, ROW)
         tl.store(grad + full + columns, value, mask=inside, eviction_policy="evict_first")
 
 
@@ -119,7 +119,7 @@ def loss_and_grad(
             inverse_t = inverse_temperature(at(token.temperature, vary, TEMPERATURE, row))
             unit, inverse_cap = units(inverse_t, token.softcap, ROW)
             scale = LOG2E * unit
-            target_y = squash(target_logit, inverse_cap, ROW)
+            target_y, target_slope = squash_with_slope(target_logit, inverse_cap, ROW)
             if not ROW.plain:
                 terms = term_values(token, vary, row)
                 share = row_shares(token, row, num_targets, ROW)
@@ -132,7 +132,8 @@ def loss_and_grad(
             if PLAN.one_shot:
                 columns = tl.arange(0, TILE)
                 swept = tile_mask(columns, 0, body, hole, ROW, PLAN)
-                y = squash_tile(load_tile(source + columns, swept, "evict_first"), swept, inverse_cap, ROW)
+                body_x = load_tile(source + columns, swept, "evict_first")
+                y = squash_tile(body_x, swept, inverse_cap, ROW)
                 side_y = squash_tile(x, counts, inverse_cap, ROW) if SIDE else y
                 sums, e = at_once(y, swept, side_y, counts if SIDE else swept, scale, ROW, SIDE)
             else:
@@ -170,15 +171,15 @@ def loss_and_grad(
                     if ROW.plain:
                         value = e * (softmax.half * (softmax.half * dense.a))
                     else:
-                        value = dense_gradient(y, top, scale, dense, ROW)
+                        value = dense_gradient(body_x, inverse_cap, top, scale, dense, ROW)
                     tl.store(destination + columns, value, mask=columns < body, eviction_policy="evict_first")
                 else:
                     write_body(source, destination, body, top, scale, inverse_cap, dense, ROW, PLAN)
-                slope = inverse_t * (1.0 - target_y * target_y) if ROW.capped else inverse_t
                 merged = 1.0 if ROW.plain else merged_shares(token, row, target, share, num_targets, ROW)
-                own = target_gradient(found.by, merged, found.whole, found.target, softmax.mean, ROW) * slope
+                own = target_gradient(found.by, merged, found.whole, found.target, softmax.mean, ROW)
+                own *= inverse_t * target_slope
                 if SIDE:
-                    value = dense_gradient(squash(x, inverse_cap, ROW), top, scale, dense, ROW)
+                    value = dense_gradient(x, inverse_cap, top, scale, dense, ROW)
                     if ROW.single:
                         value = tl.where(side == target, own, value)
                         tl.debug_barrier()  # other threads of this program have stored into the hole

@@ -12,15 +12,18 @@ from .rows import LOG2E
 
 @triton.jit
 def tanh(u):
-    """To about 2 ulp. libdevice has one, but the interpreter has no libdevice."""
+    """(tanh, to about 2 ulp, and its slope 1 / cosh^2, of which 1 - tanh^2 leaves nothing far out). libdevice has the
+    former, but the interpreter has no libdevice."""
     w = u * u
     series = -6.104945671e-3 * w + 2.100363933e-2
     series = series * w - 5.385249853e-2
     series = series * w + 1.333278269e-1
     series = series * w - 3.333332837e-1
     size = tl.abs(u)
-    far = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
-    return tl.where(size < 0.625, u + u * w * series, tl.where(u < 0, -far, far))
+    below_one = 1.0 / (tl.exp2(size * (2.0 * LOG2E) - 1.0) + 0.5)
+    sign = u.to(tl.int32, bitcast=True) & -0x80000000
+    far = ((1.0 - below_one).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(size < 0.625, u + u * w * series, far), below_one * (2.0 - below_one)
 
 
 @triton.jit
@@ -35,17 +38,23 @@ def units(inverse_t, softcap, ROW: tl.constexpr):
 
 @triton.jit
 def squash(x, inverse_cap, ROW: tl.constexpr):
+    return squash_with_slope(x, inverse_cap, ROW)[0]
+
+
+@triton.jit
+def squash_with_slope(x, inverse_cap, ROW: tl.constexpr):
+    """(y, softcap dy/dx)"""
     if ROW.capped:
         return tanh(x * inverse_cap)
     else:
-        return x
+        return x, 1.0
 
 
 @triton.jit
 def squash_tile(x, inside, inverse_cap, ROW: tl.constexpr):
     """What lies outside the row stays -inf, which a softcap would make finite."""
     if ROW.capped:
-        y = tanh(x * inverse_cap)
+        y = squash(x, inverse_cap, ROW)
         if inside is None:
             return y
         else:

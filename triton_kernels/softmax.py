@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .rows import FLOOR, LN2, LOWEST
+from .softcap import squash_with_slope
 
 
 class Softmax(NamedTuple):
@@ -144,8 +145,9 @@ def dense_factors(by, whole, softmax, inverse_t, ROW: tl.constexpr):
 
 
 @triton.jit
-def dense_gradient(y, top, scale, dense, ROW: tl.constexpr):
-    """y is z in units of `scale` / log2(e), top its maximum."""
+def dense_gradient(x, inverse_cap, top, scale, dense, ROW: tl.constexpr):
+    """Of logits x. top: the largest y (softcap.py), which is z in units of `scale` / log2(e)."""
+    y, slope = squash_with_slope(x, inverse_cap, ROW)
     t = (y - top) * scale
     value = tl.exp2(t)
     if ROW.plain:
@@ -159,7 +161,7 @@ def dense_gradient(y, top, scale, dense, ROW: tl.constexpr):
         if ROW.smoothed:
             value += dense.c
         if ROW.capped:
-            value *= 1.0 - y * y
+            value *= slope
     return value
 
 

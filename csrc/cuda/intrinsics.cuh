@@ -143,6 +143,11 @@ __device__ __forceinline__ int of_unknown_origin(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+// And what it was formed of is not formed again, for want of a register.
+__device__ __forceinline__ float of_unknown_origin(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
 
 // The same pointer, which the compiler can't know to be one to global memory.
 template <class T>

@@ -15,7 +15,8 @@ namespace fused_losses {
 // One pass: sweep, reduce, evaluate the objective, sweep again. The second sweep finds the row in L2 as long as the
 // rows in flight fit there; launch.cu sees to that.
 template <class T, class Row>
-__global__ void __launch_bounds__(Row::kThreads, 1) loss_and_grad_kernel(const __grid_constant__ LossAndGradParams p) {
+__global__ void __launch_bounds__(Row::kGradThreads, 1)
+    loss_and_grad_kernel(const __grid_constant__ LossAndGradParams p) {
     typename Row::Shared& shared = shared_memory<typename Row::Shared>();
     int turn = 0;
     const Problem& problem = p.problem;
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(Kind::kThreadsOnChip, 1) on_chip_kernel(const 
         } else if (from_slots) {
             chip.template map<decltype(row.z)>(logits, grad, now.span, next, coming.span, row.template dense<Folded>(),
                                                row.template dense<Folded, Seen::cheap_logit>(),
-                                               row.template dense<Folded, Seen::level>(), costly);
+                                               row.template dense<Folded, Seen::cheap_level>(), costly);
             row.write_targets(grad, Owner{now.left_out_here.writer}, now.left_out_here.element);
         } else {
             row.write_targets(grad, map_row(logits, grad, part.size, row.template dense<FoldedIfNear>()),

@@ -197,7 +197,7 @@ void launch(const LossAndGradParams& p, uintptr_t stream) {
                               p.problem.targets.single());
             if (chip.threads > 0) return start_on_chip<T, Row>(p, chip, kAnnounced / chip.blocks, stream);
             if (p.averages) launch(p.normaliser(), stream);
-            const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kThreads);
+            const Shape s = two_sweep_shape(p.logits, sizeof(T), Row::kGradThreads);
             start(loss_and_grad_kernel<T, Row>, s.blocks, s.threads, sizeof(typename Row::Shared), stream, p);
         });
     start_sum(total_kernel, stream, TotalParams{p.logits.n, p.row_losses, p.problem.denominator, p.loss});

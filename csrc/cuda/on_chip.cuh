@@ -20,8 +20,8 @@
 // Edges, phases and the order of sums are as in two_sweeps.cuh: a warp takes the vectors of a chunk one by one where
 // the row ends or an element is left out, and no other warp does.
 //
-// Where a level is costly and as wide as its logit, sweep 1 leaves it in the logit's slot, and sweep 2 makes none
-// again.
+// Where levels are costly and as wide as their logits, sweep 1 leaves those of a cheap chunk in the logits' slots, and
+// sweep 2 makes none of them again. A costly chunk keeps its logits: far out a level is a rounded 1, and has no slope.
 #pragma once
 
 #include <type_traits>
@@ -36,7 +36,7 @@ constexpr int kSlots = 4;    // of a thread per chunk: what a sweep holds in reg
 constexpr int kGroups = 14;  // the largest shared memory, 227 KB, in chunks of 256 threads
 static_assert(kSlots == kUnroll, "FoldedOnline sums for both engines");
 
-// Whether a logit's slot takes its level, too.
+// Whether the slots of a cheap chunk take its levels.
 template <class Z, class T>
 constexpr bool kKeepsLevels = Z::kCostly && sizeof(T) == sizeof(float);
 
@@ -48,19 +48,29 @@ class FoldedOnline {
     __device__ __forceinline__ explicit FoldedOnline(const Z& z)
         : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), exponent_(z, start()), cheap_to_(cheap_above(start())) {}
 
-    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk. Here and below
-    // logits are replaced by their levels, if these are kept.
+    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk.
     template <class T, class Inside>
-    __device__ __forceinline__ void add(uint4 (&vectors)[kSlots], Inside inside) {
+    __device__ __forceinline__ void add(const uint4 (&vectors)[kSlots], Inside inside) {
         PackedMax<T> max;
 #pragma unroll
         for (int u = 0; u < kSlots; ++u)
             if (inside(u)) max.add(vectors[u]);
         rise(max.with(max_));
-        add_exponents<T>(vectors, inside, [&](float& x) { return exponent_(x = z_.level(x)); });
+        Sums chunk;
+#pragma unroll
+        for (int u = 0; u < kSlots; ++u) {
+            if (!inside(u)) continue;
+            float x[kWidth<T>];
+            unpack<T>(vectors[u], x);
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, exponent_(z_.level(x[i])));
+            chunk += sums;
+        }
+        sums_ += chunk;
     }
-    // The same of all vectors if their levels are cheap in all threads of the warp; else nothing, and false. Pairs: of
-    // the sums that are wanted.
+    // The same of all vectors if their levels are cheap in all threads of the warp, which take the logits' places if
+    // they are kept; else nothing, and false. Pairs: of the sums that are wanted.
     template <class T, class Pairs>
     __device__ __forceinline__ bool add_cheap(uint4 (&vectors)[kSlots]) {
         PackedMax<T> max(vectors[0]);
@@ -87,7 +97,7 @@ class FoldedOnline {
     }
     // A vector without element left_out, whose logit is returned.
     template <class T>
-    __device__ __forceinline__ float add_without(uint4& vector, int left_out) {
+    __device__ __forceinline__ float add_without(const uint4& vector, int left_out) {
         float x[kWidth<T>], max = max_, found = 0.f;
         unpack<T>(vector, x);
 #pragma unroll
@@ -99,11 +109,8 @@ class FoldedOnline {
         }
         rise(max);
 #pragma unroll
-        for (int i = 0; i < kWidth<T>; ++i) {
-            x[i] = z_.level(x[i]);
-            if (i != left_out) add_to(sums_, exponent_(x[i]));
-        }
-        if constexpr (kKeepsLevels<Z, T>) vector = pack<T>(x);
+        for (int i = 0; i < kWidth<T>; ++i)
+            if (i != left_out) add_to(sums_, exponent_(z_.level(x[i])));
         return found;
     }
 
@@ -128,24 +135,7 @@ class FoldedOnline {
             return 0.f;
         }
     }
-    // exponent: of a logit, in whose place it may leave the level.
-    template <class T, class Inside, class Exponent>
-    __device__ __forceinline__ void add_exponents(uint4 (&vectors)[kSlots], Inside inside, Exponent exponent) {
-        Sums chunk;
-#pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(vectors[u], x);
-            Sums sums;
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, exponent(x[i]));
-            if constexpr (kKeepsLevels<Z, T>) vectors[u] = pack<T>(x);
-            chunk += sums;
-        }
-        sums_ += chunk;
-    }
-    // The same of all vectors, two elements at a time. exponents: of two logits.
+    // All vectors, two elements at a time. exponents: of two logits, in whose places it may leave their levels.
     template <class T, class Pairs, class Exponents>
     __device__ __forceinline__ void add_pairs(uint4 (&vectors)[kSlots], Exponents exponents) {
         constexpr int kTogether = sizeof(T);  // vectors: 8 pairs are summed before they are added to others
@@ -280,8 +270,8 @@ class OnChip {
         };
         const auto place_in_it = [&] { return static_cast<unsigned>(left_out.element - share.head) % kWidth<T>; };
 
-        // Chunks c to end - 1. read: the vector in slot u; done: with the chunk, of which are now the levels if kept.
-        const auto walk = [&](int c, int end, auto read, auto done, auto take) {
+        // Chunks c to end - 1. read: the vectors; keep: what add_cheap has left of them; done: with the chunk.
+        const auto walk = [&](int c, int end, auto read, auto keep, auto done, auto take) {
             while (c < end) {
                 uint4 raw[kSlots];
                 const int stop = min_of(end, c <= apart ? apart : share.whole);
@@ -291,7 +281,8 @@ class OnChip {
                         for (; c < stop; ++c) {
                             read(c, raw, all);
                             if (!acc.template add_cheap<T, decltype(pairs)>(raw)) return;
-                            done(c, raw, all);
+                            keep(c, raw);
+                            done();
                         }
                     };
                     if (mass_only)
@@ -302,7 +293,7 @@ class OnChip {
                     for (; c < stop; ++c) {
                         read(c, raw, all);
                         acc.template add<T>(raw, all);
-                        done(c, raw, all);
+                        done();
                     }
                 }
                 if (c == end) break;
@@ -313,7 +304,7 @@ class OnChip {
                 };
                 read(c, raw, inside);
                 acc.template add<T>(raw, inside);
-                done(c, raw, inside);
+                done();
                 ++c;
             }
         };
@@ -325,14 +316,13 @@ class OnChip {
 #pragma unroll
                 for (int u = 0; u < kSlots; ++u) raw[u] = inside(u) ? read_slot(slots + place(c, u)) : uint4{};
             },
-            [&](int c, const uint4(&raw)[kSlots], auto inside) {
+            [&](int c, const uint4(&levels)[kSlots]) {
                 if constexpr (kKeepsLevels<Z, T>) {
 #pragma unroll
-                    for (int u = 0; u < kSlots; ++u)
-                        if (inside(u)) write_slot(slots + place(c, u), raw[u]);
+                    for (int u = 0; u < kSlots; ++u) write_slot(slots + place(c, u), levels[u]);
                 }
-                commit_copies();
             },
+            commit_copies,
             [&](int c) {
                 if (!takes || c != apart) return false;
                 wait_copies<kGroups - 1>();
@@ -347,29 +337,26 @@ class OnChip {
                 for (int u = 0; u < kSlots; ++u)
                     raw[u] = inside(u) ? load_kept(rest + c * share.step + u * kWarp) : uint4{};
             },
-            [](int, const uint4(&)[kSlots], auto) {}, [](int) { return false; });
+            [](int, const uint4(&)[kSlots]) {}, [] {}, [](int) { return false; });
         if (on_edge && !owns_edge) acc.add(of_edge);
         if (owns && !takes) {
             const bool in_slot = !Sums::kMassOnly && left_out.vector >> log_step_ < chunks_;
-            const auto add_others = [&] {
-                uint4 vector = in_slot ? read_slot(slot_of_it()) : load_kept(rest + (left_out.vector - share.first));
-                const float logit = acc.template add_without<T>(vector, place_in_it());
-                if (kKeepsLevels<Z, T> && in_slot) write_slot(slot_of_it(), vector);
-                return logit;
+            const auto vector = [&] {
+                return in_slot ? read_slot(slot_of_it()) : load_kept(rest + (left_out.vector - share.first));
             };
-            found(owns_edge ? of_edge : add_others());
+            found(owns_edge ? of_edge : acc.template add_without<T>(vector(), place_in_it()));
         }
         return acc.all();
     }
 
     // out_j = f(in_j), out of the slots, and the next row, which may be none, into them. in and out have the same phase
     // and may be the same. span, next_span: of in and of next.
-    // cheap: f in the chunks that are cheap to Z; kept: f of what is in the slots where that is levels.
+    // cheap: f in the chunks that are cheap to Z; kept: the same of what is in the slots where that is levels.
     template <class Z, class F, class Cheap, class Kept>
     __device__ __forceinline__ void map(const T* in, T* out, const Span<T>& span, const T* next,
                                         const Span<T>& next_span, const F& f, const Cheap& cheap, const Kept& kept,
                                         uint32_t costly) const {
-        constexpr bool kKept = kKeepsLevels<Z, T>;
+        const auto& in_slot = either<kKeepsLevels<Z, T>>(kept, cheap);
         const auto is_cheap = [&](int c) { return !Z::kCostly || (c < kBits && !(costly >> c & 1)); };
         const Share<T> share = share_of(span);
         if (static_cast<int>(threadIdx.x) < share.edges) {
@@ -407,9 +394,9 @@ class OnChip {
         };
         const int whole = min_of(chunks_, next ? min_of(share.whole, coming.whole) : share.whole);
         for (int c = 0; c < chunks_; ++c) {
-            const int stop = Z::kCostly && !kKept ? min_of(whole, c + zeros_below(costly >> c)) : whole;
+            const int stop = Z::kCostly ? min_of(whole, c + zeros_below(costly >> c)) : whole;
             for (; c < stop; ++c) {
-                map_chunk(read, write, of_slot<kKept>(kept, cheap), all);
+                map_chunk(read, write, in_slot, all);
                 if (next) {
                     __syncwarp();
 #pragma unroll
@@ -418,8 +405,11 @@ class OnChip {
                 go_on();
             }
             if (c == chunks_) break;
-            map_end<Z::kCostly && !kKept>(read, write, of_slot<kKept>(kept, f),
-                                          [&](int u) { return mine.has(share, c, u); });
+            const auto inside = [&](int u) { return mine.has(share, c, u); };
+            if (kKeepsLevels<Z, T> && is_cheap(c))
+                map_end<false>(read, write, kept, inside);
+            else
+                map_end<Z::kCostly>(read, write, f, inside);
             __syncwarp();
 #pragma unroll 1
             for (int u = 0; u < kSlots; ++u)
@@ -477,12 +467,12 @@ class OnChip {
         commit_nothing(kGroups - chunks_);
     }
 
-    template <bool kKept, class Kept, class F>
-    static __device__ __forceinline__ const auto& of_slot(const Kept& kept, const F& f) {
-        if constexpr (kKept) {
-            return kept;
+    template <bool first, class A, class B>
+    static __device__ __forceinline__ const auto& either(const A& a, const B& b) {
+        if constexpr (first) {
+            return a;
         } else {
-            return f;
+            return b;
         }
     }
     // Of a chunk that a warp has not all of, or that is costly. Most rows have one of the former at most: vector by

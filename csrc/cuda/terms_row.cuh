@@ -197,16 +197,26 @@ class TermsRow {
         const float inverse_t = z.inverse_temperature(), factor = inverse_t * exponent.correction();
         const float slope = factor * kLn2 * d.slope, offset = inverse_t * d.offset;
         const float constant = factor * d.constant - times(slope, exponent.excess());
-        const auto of_level = [=](auto level) {
+        const auto by_level = [=](auto level) {
             using X = decltype(level);
             const X of_e = Z::finite(exponent(level));
             const X share = multiply_add(of_e, all_of<X>(slope), all_of<X>(constant));
-            return by.sloped(multiply_add(exp2_approx(of_e), share, all_of<X>(offset)), level);
+            return multiply_add(exp2_approx(of_e), share, all_of<X>(offset));
         };
-        if constexpr (Z::kCostly && seen != Seen::logit)
-            return [=](float2 x) { return of_level(level_of<seen>(by, x)); };
-        else
-            return [=](float x) { return of_level(level_of<seen>(by, x)); };
+        if constexpr (!Z::kCostly) {
+            return [=](float x) { return by_level(x); };
+        } else if constexpr (seen == Seen::logit) {
+            return [=](float x) {
+                const typename Z::Squashed at = by.squashed(x);
+                return Z::sloped(by_level(at.level), at);
+            };
+        } else {
+            return [=](float2 x) {
+                float2 level = x;
+                if constexpr (seen == Seen::cheap_logit) level = by.cheap_level(x);
+                return Z::cheap_sloped(by_level(level), level);
+            };
+        }
     }
 
     // As PlainRow's. Several targets' elements are written after all others are; a team of several has one target.
@@ -253,8 +263,8 @@ class TermsRow {
     }
     // shares: of all targets that are this one's element.
     __device__ __forceinline__ float target_element(int k, float shares) const {
-        return z.inverse_temperature() * z.slope(z.level(logit(k))) *
-               target_gradient(loss_.by, shares, sums_.whole, target(k), softmax_.mean());
+        const float dz = target_gradient(loss_.by, shares, sums_.whole, target(k), softmax_.mean());
+        return z.sloped(z.inverse_temperature() * dz, logit(k));
     }
 
     __device__ __forceinline__ TargetSums sum_targets(int first, int step) const {

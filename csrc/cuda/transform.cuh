@@ -27,17 +27,8 @@ __device__ __forceinline__ float negative(float x) { return -x; }
 __device__ __forceinline__ float2 negative(float2 x) { return {-x.x, -x.y}; }
 __device__ __forceinline__ float2 exp2_approx(float2 x) { return {exp2_approx(x.x), exp2_approx(x.y)}; }
 
-// What an element of a row is there as: its logit, a logit that is cheap (Softcap), or its level.
-enum class Seen { logit, cheap_logit, level };
-template <Seen seen, class Z, class X>
-__device__ __forceinline__ X level_of(const Z& z, X x) {
-    if constexpr (seen == Seen::logit)
-        return z.level(x);
-    else if constexpr (seen == Seen::cheap_logit)
-        return z.cheap_level(x);
-    else
-        return x;
-}
+// What an element of a row is there as: its logit, a logit that is cheap (Softcap), or the level of one that is.
+enum class Seen { logit, cheap_logit, cheap_level };
 
 // kThreads: how many a multiprocessor holds of a kernel with terms. Of its 64K registers more would get too few each,
 // and spill; a kernel without terms needs less.
@@ -51,15 +42,13 @@ struct Identity {
 
     static __device__ __forceinline__ Identity of(float, float inverse_temperature) { return {inverse_temperature}; }
     __device__ __forceinline__ float level(float x) const { return x; }
-    __device__ __forceinline__ float slope(float) const { return 1.f; }  // dz/dx times the temperature
-    __device__ __forceinline__ float sloped(float y, float) const { return y; }
+    __device__ __forceinline__ float sloped(float y, float) const { return y; }  // y temperature dz/dx
     __device__ __forceinline__ float inverse_temperature() const { return scale; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
     // Where a fold's maximum starts: some exponents below 0, as far as float32 goes.
     __device__ __forceinline__ float floor(float exponents) const {
         return fmaxf(-exponents * reciprocal_approx(kLog2e * scale), kFloor);
     }
-    __device__ __forceinline__ float cheap_level(float x) const { return x; }
     // Of an exponent that meets e_j = 0: 0 * -inf would be NaN. A NaN is lost here, but not in e_j.
     static __device__ __forceinline__ float finite(float exponent) { return fmaxf(exponent, kLowestExponent); }
 };
@@ -78,9 +67,11 @@ struct Softcap {
     static constexpr int kGradThreads = 512;  // as many blocks of 256, and registers for the terms
     static constexpr bool kCostly = true;
     static constexpr float kRise = 20.f;
-    static constexpr float kCheap = 0.5625f;  // of |x / softcap|
+    static constexpr float kCheap = 0.5625f;      // of |x / softcap|
+    static constexpr float kCheapRest = 0.4901f;  // 1 - tanh(kCheap), and somewhat less
     static constexpr int kTerms = 5;
-    float scale, inverse_softcap, inverse_t;
+    float scale, inverse_t;
+    float rate;      // e^2u = 2^(rate |x|), u = |x| / softcap
     float cheap_to;  // the largest |x| that is cheap; -1 where the coefficients have no room
     float unit;      // what x is multiplied by before the polynomial: 1, or where there is no room 1 / softcap
     float terms[kTerms];
@@ -90,21 +81,28 @@ struct Softcap {
         constexpr float kTanh[kTerms] = {1.f, -3.333287537e-01f, 1.331907958e-01f, -5.256512016e-02f, 1.623291895e-02f};
         const float inverse = 1.f / softcap;
         const bool room = softcap <= kRoom && inverse <= kRoom;
-        Softcap out{softcap * inverse_temperature, inverse, inverse_temperature, room ? kCheap * softcap : -1.f,
-                    room ? 1.f : inverse,          {}};
+        Softcap out{softcap * inverse_temperature,  inverse_temperature,  2.f * kLog2e * inverse,
+                    room ? kCheap * softcap : -1.f, room ? 1.f : inverse, {}};
         float power = room ? inverse : 1.f;
         const float square = power * power;
 #pragma unroll
         for (int i = 0; i < kTerms; ++i, power *= square) out.terms[i] = multiply(kTanh[i], power);
         return out;
     }
-    // To 2 ulp near 0 and 4 elsewhere: a softcap of 30 multiplies the error by 30, and tanh.approx has 2^-11. Both
-    // forms are made and one is taken: no divergence. NaN stays NaN.
-    __device__ __forceinline__ float level(float x) const {
-        const float size = fabsf(multiply(x, inverse_softcap));
-        const float far = 1.f - 2.f * reciprocal_approx(exp2_approx(2.f * kLog2e * size) + 1.f);
-        return size <= kCheap ? cheap_level(multiply(x, unit)) : copysignf(far, x);
+    // rest: 1 - |level|, to a few ulp, which of a level far out can't be told.
+    struct Squashed {
+        float level, rest;
+    };
+    __device__ __forceinline__ Squashed squashed(float x) const {
+        const float rest = of_unknown_origin(rest_of(x));
+        return {level(x, rest), rest};
     }
+    __device__ __forceinline__ float level(float x) const { return level(x, rest_of(x)); }
+    // y / cosh^2: of 1 - tanh^2 nothing is left far out.
+    static __device__ __forceinline__ float sloped(float y, const Squashed& at) {
+        return multiply(multiply(y, at.rest), 2.f - at.rest);
+    }
+    __device__ __forceinline__ float sloped(float y, float x) const { return sloped(y, squashed(x)); }
     // As level, up to cheap_to.
     template <class X>
     __device__ __forceinline__ X cheap_level(X x) const {
@@ -128,12 +126,8 @@ struct Softcap {
         const float top_;
     };
     template <class X>
-    __device__ __forceinline__ X slope(X level) const {
-        return multiply_add(negative(level), level, all_of<X>(1.f));
-    }
-    template <class X>
-    __device__ __forceinline__ X sloped(X y, X level) const {
-        return multiply(y, slope(level));
+    static __device__ __forceinline__ X cheap_sloped(X y, X level) {
+        return multiply(y, multiply_add(negative(level), level, all_of<X>(1.f)));
     }
     __device__ __forceinline__ float inverse_temperature() const { return inverse_t; }
     __device__ __forceinline__ float exponent(float distance) const { return distance * (kLog2e * scale); }
@@ -150,6 +144,15 @@ struct Softcap {
     }
 
   private:
+    // 2 / (e^2u + 1)
+    __device__ __forceinline__ float rest_of(float x) const {
+        return reciprocal_approx(exp2_approx(fmaf(fabsf(x), rate, -1.f)) + 0.5f);
+    }
+    // To 2 ulp near 0 and 4 elsewhere: a softcap of 30 multiplies the error by 30, and tanh.approx has 2^-11. Both
+    // forms are made and one is taken: no divergence. NaN stays NaN.
+    __device__ __forceinline__ float level(float x, float rest) const {
+        return rest >= kCheapRest ? cheap_level(multiply(x, unit)) : copysignf(1.f - rest, x);
+    }
     template <class X>
     static __device__ __forceinline__ X series(X x, const float (&terms)[kTerms]) {
         const X w = multiply(x, x);

@@ -311,7 +311,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         c[: len(coefficients), :, 0] = np.where((coefficients == 0) | (factor == 0), 0, coefficients * factor)
         off[: len(coefficients), :, 0] = coefficients_error * factor
         (g, h, zeta, s), (dg, dh, dzeta, ds) = c, off
-        slope = (1 - np.tanh(draw.logits / cap) ** 2 if cap else 1.0) / t[:, None]
+        slope = (1 / np.cosh(draw.logits / cap) ** 2 if cap else 1.0) / t[:, None]  # 1 - tanh^2 is 0 far out
         drift = np.where(p == 0, 0, p * (zeta - h * away))
         rows = slope * (g * drawn + drift + s)
         rows[outside] = np.nan
@@ -319,8 +319,7 @@ def _truth(draw: Draw) -> dict[str, tuple[Any, Any, Any]]:
         near = np.where(p == 0, 0, np.abs(away))
         around = np.abs(g) * drawn_size + p * (np.abs(zeta) + np.abs(h) * (1 + near)) + np.abs(s)
         moved = dg * drawn_size + p * (dzeta + dh * (1 + near)) + ds
-        wide = (slope * t[:, None] + 0.01 if cap else 1.0) / t[:, None]
-        allowed = wide * (3 * each * around + moved)
+        allowed = slope * (3 * each * around + moved)
         idle, infinite = (
             (c == 0).all(0),
             np.isinf(c + off).any(0),

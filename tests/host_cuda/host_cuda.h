@@ -420,6 +420,7 @@ inline float reciprocal_approx(float x) {
 }
 
 inline int of_unknown_origin(int x) { return x; }
+inline float of_unknown_origin(float x) { return x; }
 inline int zeros_below(uint32_t x) { return x == 0 ? 32 : __builtin_ctz(x); }
 
 inline float multiply(float a, float b) { return a * b; }

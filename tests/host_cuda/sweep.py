@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import mmap
 import pickle
 import sys
@@ -533,7 +534,7 @@ def softcapped(module, chip, dtype, vocab, token, entropy, smoothing=0.0):
     shapes = {
         "near": normal * 0.1, "wide": normal, "high": normal * 0.05 + 0.7, "low": normal * 0.05 - 0.7,
         "few high": normal * 0.1 + 0.9 * few, "few low": normal * 0.1 - 0.9 * few,
-        "rising": np.linspace(-0.5, 0.5, vocab), "all high": normal * 0.001 + 0.555,
+        "rising": np.linspace(-0.5, 0.5, vocab), "all high": normal * 0.001 + 0.555, "far": normal * 4,
     }  # fmt: skip
     for cap, temperature in (
         (1e-4, 1.0),
@@ -568,23 +569,25 @@ def softcapped(module, chip, dtype, vocab, token, entropy, smoothing=0.0):
                 close(f"{case}, loss", loss, spread * smoothing - log_p[token] * (1 - smoothing), error, 3 * error)
             by_z = p - is_target * (1 - smoothing) - smoothing / vocab + coefficient * p * (log_p + h)
             size = p + is_target + p * (1 + np.abs(log_p) + h)
-            got, want = matrix.matrix()[0] * t, by_z * (1 - tanh**2)
+            got, slope = matrix.matrix()[0] * t, 1 / np.cosh(x / c) ** 2  # of 1 - tanh^2 nothing is left far out
             stored = {FLOAT32: (0, 0), BFLOAT16: (2**-8, 1e-38), FLOAT16: (2**-11, 2**-24)}[dtype]
-            close(f"{case}, gradient", got, want, stored[0], 4 * error * size + 1e-7 + stored[1] * t)
+            close(f"{case}, gradient", got, slope * by_z, stored[0], slope * (4 * error * size + 1e-7) + stored[1] * t)
 
 
 def rows_of_two_lengths(module, chip):
     """By its phase a row has 127 vectors or 128, which is where a warp's share ends, and one block has them all."""
     n, vocab = 6, 513
     module.configure(1, 1 << 20)
-    for descending in (False, True):
+    for descending, cap, token in itertools.product((False, True), (0.0, 30.0), (0, vocab - 1)):
         module.set(descending=descending)
         logits = Matrix.of(np.random.default_rng(0).normal(0, 1, (n, vocab)))
         x = logits.matrix()
+        z, slope = (cap * np.tanh(x / cap), 1 / np.cosh(x / cap) ** 2) if cap else (x, 1.0)
+        asked = asked_for(module, np.full(n, token), vocab, softcap=cap, plain=cap == 0, terms_asked=terms())
         logits.guard([False] * n)
-        one_pass(module, logits.arg, logits.arg, asked_for(module, np.zeros(n, np.int64), vocab), chip)
+        one_pass(module, logits.arg, logits.arg, asked, chip)
         logits.guard([False] * n, on=False)
-        close("grad", logits.matrix(), softmax(x) - (np.arange(vocab) == 0), 1e-5, 1e-6)
+        close(f"grad, cap {cap}", logits.matrix(), slope * (softmax(z) - (np.arange(vocab) == token)), 1e-5, 1e-6)
 
 
 def mean_of_many(module, chip):
