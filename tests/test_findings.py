@@ -1095,15 +1095,21 @@ def test_no_tokens_of_a_strided_vocabulary(backend, device, shape):
     assert gradient.shape == logits.shape and all(loss == 0 for loss in losses)
 
 
-def test_far_beyond_a_softcap(backend, device):
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"recompute": True}, {"entropy_coef": 0.1}], ids=str)
+@pytest.mark.parametrize("vocab", [5, 67, 1003])
+def test_far_beyond_a_softcap(backend, device, vocab, options):
     """The slope of tanh is 1 / cosh^2, of which 1 - tanh^2 is off by a rounding of 1."""
-    cap, x = 3.0, torch.tensor([[12.0, 24.0, -30.0, 1.0, 0.0]])
-    logits = x.to(device).requires_grad_()
-    fused_losses.cross_entropy(logits, torch.tensor([4], device=device), softcap=cap, backend=backend).backward()
-    z = x.double() / cap
-    p = torch.softmax(cap * torch.tanh(z), -1)
-    want = (p - torch.tensor([0.0, 0, 0, 0, 1])) / torch.cosh(z) ** 2
-    torch.testing.assert_close(logits.grad.double().cpu(), want, rtol=2e-5, atol=0)
+    cap, target = 3.0, torch.tensor([vocab // 2])
+    logits = torch.linspace(-12 * cap, 11 * cap, vocab)[None]
+    ours = logits.to(device).requires_grad_()
+    loss = fused_losses.reinforce(ours * 1, target.to(device), 1.0, softcap=cap, backend=backend, **options)
+    (got,) = torch.autograd.grad(loss, ours)
+    u = logits.double() / cap
+    p = torch.softmax(cap * torch.tanh(u), -1)
+    want = p - torch.nn.functional.one_hot(target, vocab)
+    if "entropy_coef" in options:
+        want += 0.1 * p * (p.log() - (p * p.log()).sum())
+    torch.testing.assert_close(got.double().cpu(), want / torch.cosh(u) ** 2, rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["ppo", "importance_sampling", *COMPOSED])
