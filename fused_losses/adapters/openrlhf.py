@@ -119,7 +119,8 @@ def _correction(loss: Any, old_log_probs: Tensor, rollout_log_probs: Tensor, mas
     tokens, or of sequences, of which those without a token are out."""
     low, high = loss.is_correction_threshold
     of_sequence = loss.is_correction_level == "seq"
-    old, rollout = (x.detach().float().where(mask, 0.0) for x in (old_log_probs, rollout_log_probs))
+    dtype = torch.promote_types(old_log_probs.dtype, torch.float32)
+    old, rollout = (x.detach().to(dtype).where(mask, 0.0) for x in (old_log_probs, rollout_log_probs))
     log_ratio = old - rollout
     if loss.is_correction_gating == "ratio":
         seen = log_ratio

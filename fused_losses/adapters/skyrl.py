@@ -114,17 +114,17 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
 
 _CLAMP = 20.0  # of log ratios, where SkyRL has one
 _LARGEST_SEQUENCE_RATIO = 22026.4657948  # e^10
-_OF_POLICY = dict(
-    logprobs="log_probs",
-    old_logprobs="old_log_probs",
-    **dict.fromkeys(("weights", "sequence_ratio_mask"), "loss_mask"),
-    importance_weights="rollout_logprobs",
-    clip_low_threshold="1 - eps_clip_low",
-    clip_high_threshold="1 + eps_clip_high",
-    dual_clip="clip_ratio_c",
-    tau_positive="sapo.tau_pos",
-    tau_negative="sapo.tau_neg",
-)
+_OF_POLICY = {
+    "logprobs": "log_probs",
+    "old_logprobs": "old_log_probs",
+    "weights": "loss_mask",
+    "importance_weights": "rollout_logprobs",
+    "clip_low_threshold": "1 - eps_clip_low",
+    "clip_high_threshold": "1 + eps_clip_high",
+    "dual_clip": "clip_ratio_c",
+    "tau_positive": "sapo.tau_pos",
+    "tau_negative": "sapo.tau_neg",
+}
 _OF_CISPO = {
     "clip_low_threshold": "1 - cispo.cispo_eps_clip_low",
     "clip_high_threshold": "1 + cispo.cispo_eps_clip_high",
@@ -200,24 +200,25 @@ def gspo(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """:func:`fused_losses.gspo` in its token form, as SkyRL's "gspo"; arguments as in :func:`regular`."""
+    """:func:`fused_losses.gspo` in its token form, as SkyRL's "gspo"; arguments as in :func:`regular`. A token's factor
+    counts in the mean of its sequence's log ratio, too.
+    """
     given = _Given(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs)
     low, high = given.bounds()
     corrected = given.corrected()
+    log_ratio = given.sequence_log_ratio()
+    # The mean over a sequence of differences that are this number is it, whatever the tokens' factors.
+    old_logprobs = log_probs.detach().masked_fill(log_probs == -torch.inf, 0.0) - log_ratio
     loss = on_logprobs.gspo(
         log_probs,
-        old_log_probs,
+        old_logprobs,
         advantages,
-        sequence_ratio_mask=loss_mask,
         clip_low_threshold=low,
         clip_high_threshold=high,
         dual_clip=_LARGEST_SEQUENCE_RATIO,  # SkyRL bounds the log ratio from above, which only shows where A < 0
         **corrected.keywords,
     )
-    active = given.active
-    log_ratio = (log_probs.detach() - old_log_probs).where(active, 0.0)
-    tokens = active.sum(-1, keepdim=True).clamp(min=1)
-    ratio = (log_ratio.sum(-1, keepdim=True) / tokens).clamp(max=10.0).exp()
+    ratio = log_ratio.clamp(max=10.0).exp()
     return loss, {"clip_ratio": given.mean(given.beyond(ratio)), **corrected.metrics}
 
 
@@ -434,6 +435,12 @@ class _Given(NamedTuple):
     def beyond(self, ratio: Tensor) -> Tensor:
         low, high = self.bounds()
         return ((self.advantages > 0) & (ratio > high)) | ((self.advantages < 0) & (ratio < low))
+
+    def sequence_log_ratio(self) -> Tensor:
+        """(B, 1): the mean of the tokens' by their factors, of which SkyRL takes at least 1 in all."""
+        log_probs = self.log_probs.detach().to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        log_ratio = (log_probs - self.old_log_probs).where(self.active, 0.0)
+        return (log_ratio * self.factor).sum(-1, keepdim=True) / self.factor.sum(-1, keepdim=True).clamp(min=1)
 
     def mean(self, values: Tensor) -> float:
         """SkyRL's masked mean; tokens that do not count may hold anything."""

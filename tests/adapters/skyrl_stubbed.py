@@ -270,14 +270,13 @@ def test_a_batch_with_no_token(name):
         )
 
 
+@pytest.mark.parametrize("scale", [1 / 97, torch.linspace(0.1, 2.0, 40)], ids=["one", "uneven"])
 @pytest.mark.parametrize("name", adapter.POLICY_LOSSES)
-def test_scaled_masks(name):
-    """As SkyRL's collator hands to cross_entropy."""
+def test_scaled_masks(name, scale):
+    """As SkyRL's collator hands to cross_entropy, and as the weights of a Tinker request: they count in gspo's mean."""
     theirs = PolicyLossRegistry.get(name)
     given = tokens() | {"config": config(name), "rollout_logprobs": tokens()["rollout_logprobs"]}
-    if name == "gspo":
-        return  # its ratio is a mean over tokens, which a scaled mask has another meaning in
-    given["loss_mask"] = given["loss_mask"] / 97
+    given["loss_mask"] = given["loss_mask"] * scale
     found = numbers(adapter.POLICY_LOSSES[name], given)
     given["log_probs"] = tokens()["log_probs"]
     for what, value in numbers(theirs, given).items():
@@ -286,7 +285,7 @@ def test_scaled_masks(name):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in adapter.POLICY_LOSSES if name != "gspo"])
+@pytest.mark.parametrize("name", adapter.POLICY_LOSSES)
 def test_bfloat16_logprobs(name):
     """Beside SkyRL's loss of the same numbers in float64."""
     theirs = PolicyLossRegistry.get(name)
