@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import logprobs, on_logprobs, statistics
+from .. import checks, logprobs, on_logprobs, statistics
 from ..objectives import binary_kl
 from ._names import called, in_words
 from .slots import Slot, Slots
@@ -438,7 +438,10 @@ class _Given(NamedTuple):
 
     def sequence_log_ratio(self) -> Tensor:
         """(B, 1): the mean of the tokens' by their factors, of which SkyRL takes at least 1 in all."""
-        log_probs = self.log_probs.detach().to(torch.promote_types(self.log_probs.dtype, torch.float32))
+        log_probs = self.log_probs.detach()
+        given = {"old_logprobs": self.old_log_probs, "weights": self.loss_mask}
+        checks.columns(given, log_probs.unsqueeze(-1), "logprobs")  # what the loss would say of them comes too late
+        log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
         log_ratio = (log_probs - self.old_log_probs).where(self.active, 0.0)
         return (log_ratio * self.factor).sum(-1, keepdim=True) / self.factor.sum(-1, keepdim=True).clamp(min=1)
 
