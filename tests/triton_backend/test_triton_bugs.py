@@ -242,6 +242,7 @@ def check_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradient.tolist() == [[0.0, torch.inf]]
     terms.test_stats_as_eager(None, 3)
     terms.test_stats_as_eager(2.0, 1)
+    terms.test_slope_of_tanh()
     terms.test_statistics_as_eager(21, None)
     terms.test_statistics_as_eager(2600, 2.0)
     tail.test_what_each_of_the_others_adds_may_underflow()

@@ -225,3 +225,12 @@ def test_tanh() -> None:
     torch.testing.assert_close(
         logprobs[0].cpu().double(), torch.nn.functional.logsigmoid(-torch.tanh(x.double()).abs()), rtol=3e-7, atol=0
     )
+
+
+def test_slope_of_tanh() -> None:
+    """1 / cosh^2, of which 1 - tanh^2 leaves nothing far out."""
+    logits = torch.linspace(-12, 11, 67)[None].to(DEVICE)
+    target, gradient, x = torch.tensor([33]), torch.empty_like(logits), logits.cpu().double()
+    BACKEND.loss_and_grad(logits, problem(target, 67, softcap=1.0), gradient)
+    want = torch.softmax(torch.tanh(x), -1) - torch.nn.functional.one_hot(target, 67)
+    torch.testing.assert_close(gradient.cpu().double(), want / torch.cosh(x) ** 2, rtol=2e-5, atol=0)
