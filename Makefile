@@ -1,6 +1,6 @@
 # make demo    train a small language model with five losses, each beside its eager reference (about 3 minutes on 2 cores)
 # make test    the test suite
-# make bugs    every seeded bug of the kernels, of which `make test` takes a tenth
+# make bugs    every seeded bug of the kernels, of which `make test` takes a twentieth
 # make bench   measure every loss on every backend, and put the tables into the pages; on a GPU its tests come before
 # make lint    formatters, linters and the type checker
 # make site    the documentation as a site, in build/site; a link or an anchor that leads nowhere fails

@@ -91,7 +91,7 @@ def using(instruction_set: str) -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--instruction-set", help="what the CPU backend runs on throughout: avx512, avx2 or baseline")
-    parser.addoption("--all-bugs", action="store_true", help="every seeded bug of the kernels, not a tenth of them")
+    parser.addoption("--all-bugs", action="store_true", help="every seeded bug of the kernels, not a twentieth of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -100,7 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "each_instruction_set: the CPU backend runs with every one of the machine, as each sums in an order of its own",
     )
     config.addinivalue_line(
-        "markers", "seeded_bugs: each of its cases compiles or interprets kernels of its own; a tenth runs unless asked"
+        "markers",
+        "seeded_bugs: each of its cases compiles or interprets kernels of its own; a twentieth runs unless asked",
     )
     forced = config.getoption("--instruction-set")
     if forced is None:
@@ -119,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("seeded_bugs"):
             name = item.nodeid.partition("[")[0]
             of_test[name] += 1
-            if of_test[name] % 10 != 1:
+            if of_test[name] % 20 != 1:
                 left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
