@@ -48,7 +48,7 @@ class FoldedOnline {
     __device__ __forceinline__ explicit FoldedOnline(const Z& z)
         : z_(z), max_(z.floor(2.f * Folded<Z>::kFar)), exponent_(z, start()), cheap_to_(cheap_above(start())) {}
 
-    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by add_chunk.
+    // The vectors u for which inside(u). One rescale per call; summed in three levels, as by DistantOnline.
     template <class T, class Inside>
     __device__ __forceinline__ void add(const uint4 (&vectors)[kSlots], Inside inside) {
         PackedMax<T> max;
@@ -56,18 +56,7 @@ class FoldedOnline {
         for (int u = 0; u < kSlots; ++u)
             if (inside(u)) max.add(vectors[u]);
         rise(max.with(max_));
-        Sums chunk;
-#pragma unroll
-        for (int u = 0; u < kSlots; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(vectors[u], x);
-            Sums sums;
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) add_to(sums, exponent_(z_.level(x[i])));
-            chunk += sums;
-        }
-        sums_ += chunk;
+        sums_ += chunk_sums<T, Sums, Z>(vectors, inside, [&](float x) { return exponent_(z_.level(x)); });
     }
     // The same of all vectors if their levels are cheap in all threads of the warp, which take the logits' places if
     // they are kept; else nothing, and false. Pairs: of the sums that are wanted.

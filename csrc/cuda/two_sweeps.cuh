@@ -91,6 +91,23 @@ struct Written : Span<T> {
 
 // ---- Sweep 1: maximum and sums ------------------------------------------------------------------------------------
 
+// Of the vectors u for which inside(u), in two levels, within a vector and over the chunk. exponent: of a logit.
+template <class T, class Sums, class Z, class Inside, class Exponent>
+__device__ __forceinline__ Sums chunk_sums(const uint4 (&vectors)[kUnroll], Inside inside, Exponent exponent) {
+    Sums chunk;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+        if (!inside(u)) continue;
+        float x[kWidth<T>];
+        unpack<T>(vectors[u], x);
+        Sums sums;
+#pragma unroll
+        for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(exponent(x[i]));
+        chunk += sums;
+    }
+    return chunk;
+}
+
 // A thread's sums over what it is given, wherever that lies: exponents are Distances.
 template <class Sums, class Z>
 class DistantOnline {
@@ -107,18 +124,8 @@ class DistantOnline {
         for (int u = 0; u < kUnroll; ++u)
             if (inside(u)) max.add(vectors[u]);
         const float top = online_.rescale(max.with(online_.max), z_);
-        Sums chunk;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            if (!inside(u)) continue;
-            float x[kWidth<T>];
-            unpack<T>(vectors[u], x);
-            Sums sums;
-#pragma unroll
-            for (int i = 0; i < kWidth<T>; ++i) sums.template add<Z>(z_.exponent(z_.level(x[i]) - top));
-            chunk += sums;
-        }
-        online_.sums += chunk;
+        online_.sums +=
+            chunk_sums<T, Sums, Z>(vectors, inside, [&](float x) { return z_.exponent(z_.level(x) - top); });
     }
     __device__ __forceinline__ void add(float x) { online_.add(x, z_); }
     __device__ __forceinline__ Online<Sums> all() const { return online_; }

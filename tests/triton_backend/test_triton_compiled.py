@@ -18,9 +18,9 @@ BOUNDS = {
     "": (7.6, 7.1),
     "entropy": (10.4, 9.3),
     "smoothed": (9.2, 7.2),
-    "capped": (28.0, 29.6),
-    "capped entropy": (31.5, 31.6),
-    "targets": (30.5, 29.9),
+    "capped": (29.0, 29.0),
+    "capped entropy": (32.5, 31.0),
+    "targets": (31.5, 29.0),
 }
 MASKED = 3.3
 
