@@ -26,7 +26,7 @@ from .rows import (
     ragged_columns,
     row_offset,
 )
-from .softcap import squash, squash_with_slope, units
+from .softcap import common_slope, squash, squash_with_slope, units
 from .softmax import (
     Coefficients,
     any_of,
@@ -89,6 +89,7 @@ def grad(
         else:
             inverse_t = inverse_temperature(at(token.temperature, vary, TEMPERATURE, row))
             unit, inverse_cap = units(inverse_t, token.softcap, ROW)
+            slope = common_slope(inverse_t, ROW)
             scale = LOG2E * unit
             maximum = squash(tl.load(stats + row), inverse_cap, ROW)
             target = row_targets(token, row, num_targets, ROW)
@@ -105,7 +106,7 @@ def grad(
             if not ROW.plain:
                 nowhere = (share != 0) & (target_y != target_y)
                 whole = tl.where(is_any(nowhere, ROW), float("nan"), whole)  # and so is the row
-            dense = dense_factors(by, whole, softmax, inverse_t, ROW)
+            dense = dense_factors(by, whole, softmax, slope, ROW)
             x = load_tile(source + columns, inside, "evict_first")
             tl.store(destination + columns, dense_gradient(x, inverse_cap, top, scale, dense, ROW), mask=inside)
             owner = (target >= head + start) & (target < head + start + TILE)
@@ -120,7 +121,7 @@ def grad(
             stored = owner & valid
             if is_any(stored, ROW):
                 merged = merged_shares(token, row, target, share, num_targets, ROW)
-                value = target_gradient(by, merged, whole, seen, softmax.mean, ROW) * (inverse_t * target_slope)
+                value = target_gradient(by, merged, whole, seen, softmax.mean, ROW) * (slope * target_slope)
                 tl.debug_barrier()  # other threads of this program stored what it is without a target there
                 tl.store(grad + grad_offset + target, value, mask=stored)
 

@@ -29,7 +29,7 @@ from .rows import (
     term_values,
     tile_mask,
 )
-from .softcap import squash_tile, squash_with_slope, units
+from .softcap import common_slope, squash_tile, squash_with_slope, units
 from .softmax import any_of, dense_factors, dense_gradient, distance_of, target_gradient
 from .sums import at_once, load_tile, sweep, with_side, with_target
 from .targets import (
@@ -118,6 +118,7 @@ def loss_and_grad(
             denominator = number(token.denominator)
             inverse_t = inverse_temperature(at(token.temperature, vary, TEMPERATURE, row))
             unit, inverse_cap = units(inverse_t, token.softcap, ROW)
+            slope = common_slope(inverse_t, ROW)
             scale = LOG2E * unit
             target_y, target_slope = squash_with_slope(target_logit, inverse_cap, ROW)
             if not ROW.plain:
@@ -166,7 +167,7 @@ def loss_and_grad(
             coefficients = any_of(found.by, ROW)
             if coefficients != 0:
                 softmax = found.softmax
-                dense = dense_factors(found.by, found.whole, softmax, inverse_t, ROW)
+                dense = dense_factors(found.by, found.whole, softmax, slope, ROW)
                 if PLAN.one_shot:
                     if ROW.plain:
                         value = e * (softmax.half * (softmax.half * dense.a))
@@ -177,7 +178,7 @@ def loss_and_grad(
                     write_body(source, destination, body, top, scale, inverse_cap, dense, ROW, PLAN)
                 merged = 1.0 if ROW.plain else merged_shares(token, row, target, share, num_targets, ROW)
                 own = target_gradient(found.by, merged, found.whole, found.target, softmax.mean, ROW)
-                own *= inverse_t * target_slope
+                own *= slope * target_slope
                 if SIDE:
                     value = dense_gradient(x, inverse_cap, top, scale, dense, ROW)
                     if ROW.single:

@@ -47,7 +47,7 @@ class Coefficients(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """An element that is no target's gets e_j (a + b t_j) + c, but for the softcap. t_j is log2 of e_j."""
+    """An element that is no target's gets e_j (a + b t_j) + c, times its slope (softcap.py). t_j is log2 of e_j."""
 
     a: Any
     b: Any
@@ -136,12 +136,12 @@ def target_gradient(by, share, whole, target, mean, ROW: tl.constexpr):
 
 
 @triton.jit
-def dense_factors(by, whole, softmax, inverse_t, ROW: tl.constexpr):
-    factor = inverse_t * softmax.inverse
+def dense_factors(by, whole, softmax, slope, ROW: tl.constexpr):
+    factor = slope * softmax.inverse
     if ROW.plain:
         return Dense(-factor * by.g, 0.0, 0.0)
     mean = times(by.h, softmax.mean)
-    return Dense(factor * (by.zeta - by.g * whole + mean), -factor * by.h * LN2, inverse_t * by.s)
+    return Dense(factor * (by.zeta - by.g * whole + mean), -factor * by.h * LN2, slope * by.s)
 
 
 @triton.jit
